@@ -1,0 +1,336 @@
+"""RunRecord: the frozen, versioned JSON truth about one run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rankbits.errors import RecordError, RunFolderError
+
+SCHEMA_VERSION = 1
+
+Site = Literal["weight", "down", "diagonal", "up", "down_output", "diagonal_output", "output", "input"]
+SITES: tuple[Site, ...] = get_args(Site)
+ADAPTER_SITES: tuple[Site, ...] = ("down", "diagonal", "up")
+
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+Bits = Annotated[int, Field(ge=1, le=32)]
+ExpectedBits = Annotated[float, Field(ge=1, le=32)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+_HOST_KEYS = frozenset({"host", "hostname", "host_name", "node", "nodename", "fqdn", "domain", "user", "username"})
+
+# A URL's "//" follows a colon, a relative path's "/" a letter or a dot: neither says where this machine keeps things.
+_LOCAL_PATH = re.compile(r"""(?<![\w./\\~])(?:file://)?(?:[A-Za-z]:[\\/]|\\\\|~[\w.-]*/|/)(?=[^\s/])[^\s"'=,;]*""")
+
+
+def recipe_hash(recipe: Mapping[str, Any]) -> str:
+    """Sha256 (64 hex digits) of a recipe's canonical JSON.
+
+    The order of keys, `1` against `1.0`, and the folder an absolute path points into do not change it, so that the same
+    work has the same hash on every machine. Raises RecordError for a value that JSON cannot hold.
+    """
+    try:
+        canonical = _canonical_numbers(_portable(dict(recipe), "recipe"))
+    except ValueError as error:
+        raise RecordError(f"cannot hash the recipe: {error}") from None
+    text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def without_local_paths(text: str) -> str:
+    """The text with each absolute path in it shortened to its last part ("/home/me/a.yaml" becomes "a.yaml")."""
+    return _LOCAL_PATH.sub(lambda match: _last_part(match.group()), text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Put `text` (UTF-8) at `path` in one step: a reader sees the old file or the new one, never a part.
+
+    Raises RunFolderError when the folder is missing or cannot be written; then nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with temporary.open("x", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DataRecord(_Frozen):
+    """Which rows a run saw. `source` is a hub name, a package or a folder's last part, never an absolute path."""
+
+    task: str
+    split: str
+    train_rows: Count
+    evaluation_rows: dict[str, Count]
+    dropped: dict[str, Count]
+    fingerprint: Sha256
+    source: str
+
+    @field_validator("source")
+    @classmethod
+    def _shorten_source(cls, value: str) -> str:
+        return _shorten(value)
+
+
+class ScoreRecord(_Frozen):
+    """One metric on one evaluation split, in percent (correlations too: 100 is perfect)."""
+
+    metric: str
+    value: float
+    split: str
+    primary: bool
+
+
+class TrainingRecord(_Frozen):
+    """How the training went: optimizer steps, epochs, wall-clock seconds, mean training loss, peak bytes."""
+
+    steps: Count
+    epochs: Annotated[float, Field(ge=0)]
+    seconds: Seconds
+    train_loss: float
+    peak_memory_bytes: Count
+    resumed: bool
+
+
+class ParameterRecord(_Frozen):
+    """Numbers of parameters: all that were trained, the parts they fall into, and the whole model."""
+
+    trainable: Count
+    adapter: Count
+    gates: Count
+    ranges: Count
+    head: Count
+    total: Count
+
+
+class ModuleRecord(_Frozen):
+    """One adapted matrix: its rank and the width of each of its quantizers. A method without quantizers has no bits."""
+
+    name: str
+    layer: int | None
+    kind: str
+    rank: Count
+    max_rank: Count
+    expected_rank: float | None = None
+    bits: dict[Site, Bits] = Field(default_factory=dict)
+    expected_bits: dict[Site, ExpectedBits] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _rank_fits(self) -> Self:
+        if self.rank > self.max_rank:
+            raise ValueError(f"rank {self.rank} is larger than max_rank {self.max_rank}")
+        return self
+
+
+class RunRecord(_Frozen):
+    """Everything there is to say about one run. Holds no host name and no absolute path: those are shortened on entry.
+
+    `created` is a UTC time in ISO format; `machine` describes the hardware; `scores` are in percent, and the first one
+    marked primary is the headline; `history` is one dict per logged step ("step", "loss", "bits_mean", "rank_mean").
+    """
+
+    schema_version: Literal[1] = 1
+    name: str
+    method: str
+    recipe: dict[str, Any]
+    recipe_hash: str
+    command: str
+    created: str
+    seed: int
+    versions: dict[str, str]
+    machine: dict[str, str | int]
+    data: DataRecord
+    scores: list[ScoreRecord]
+    training: TrainingRecord
+    parameters: ParameterRecord
+    modules: list[ModuleRecord]
+    history: list[dict[str, float]]
+
+    @field_validator("recipe")
+    @classmethod
+    def _portable_recipe(cls, value: dict[str, Any]) -> dict[str, Any]:
+        portable: dict[str, Any] = _portable(value, "recipe")
+        return portable
+
+    @field_validator("command")
+    @classmethod
+    def _portable_command(cls, value: str) -> str:
+        return without_local_paths(value)
+
+    @field_validator("created")
+    @classmethod
+    def _created_in_utc(cls, value: str) -> str:
+        if datetime.fromisoformat(value).utcoffset() != timedelta(0):
+            raise ValueError("expected a UTC time such as 2026-01-31T12:00:00+00:00")
+        return value
+
+    @field_validator("machine")
+    @classmethod
+    def _no_host(cls, value: dict[str, str | int]) -> dict[str, str | int]:
+        named = sorted(key for key in value if key.lower() in _HOST_KEYS)
+        if named:
+            raise ValueError(f"a record names no host and no user, drop: {', '.join(named)}")
+        return value
+
+    @field_validator("scores")
+    @classmethod
+    def _has_primary(cls, value: list[ScoreRecord]) -> list[ScoreRecord]:
+        if not any(score.primary for score in value):
+            raise ValueError(f"none of the {len(value)} scores is marked primary")
+        return value
+
+    @field_validator("modules")
+    @classmethod
+    def _names_differ(cls, value: list[ModuleRecord]) -> list[ModuleRecord]:
+        names = [module.name for module in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"listed more than once: {', '.join(twice)}")
+        return value
+
+    @model_validator(mode="after")
+    def _hash_fits(self) -> Self:
+        expected = recipe_hash(self.recipe)
+        if self.recipe_hash != expected:
+            raise ValueError(f"recipe_hash is {self.recipe_hash}, but the recipe hashes to {expected}")
+        return self
+
+    def primary_score(self) -> ScoreRecord:
+        """The headline score: the first one marked primary."""
+        return next(score for score in self.scores if score.primary)
+
+    def mean_rank(self) -> float | None:
+        """Mean rank over the adapted matrices, None if no matrix was adapted."""
+        return _mean(module.rank for module in self.modules)
+
+    def mean_bits(self, site: Site) -> float | None:
+        """Mean width in bits over the matrices that have a quantizer at `site`, None if none has one."""
+        return _mean(module.bits[site] for module in self.modules if site in module.bits)
+
+    def mean_adapter_bits(self) -> float | None:
+        """Mean width in bits over the quantizers of the adapter's own weights A, E and B, None if there are none."""
+        return _mean(module.bits[site] for module in self.modules for site in ADAPTER_SITES if site in module.bits)
+
+    def to_json(self) -> str:
+        """The record as the text that `write` stores: indented JSON with a final newline."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Store the record in one step. Writing the same record again does nothing.
+
+        Raises RunFolderError if `path` holds anything else or cannot be written, and leaves it as it was.
+        """
+        text = self.to_json()
+        if not path.exists():
+            write_atomically(path, text)
+            return
+        try:
+            same = path.read_bytes() == text.encode("utf-8")
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be read ({error.strerror or error})") from error
+        if not same:
+            raise RunFolderError(f"{path}: holds another record; a record is written once and never changed")
+
+    @classmethod
+    def read(cls, path: Path) -> RunRecord:
+        """The record stored at `path`; RecordError with the path, each wrong field and the reason if it is not one."""
+        content = _read_object(path)
+        version = content.get("schema_version")
+        if type(version) is not int or version < 1:
+            raise RecordError(f"{path}: schema_version: expected a whole number from 1, given {version!r}")
+        if version > SCHEMA_VERSION:
+            raise RecordError(
+                f"{path}: schema_version: given {version}, this rankbits reads up to {SCHEMA_VERSION}; "
+                "update rankbits to read it"
+            )
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            problems = "\n".join(f"  {_problem(detail)}" for detail in error.errors(include_url=False))
+            raise RecordError(f"{path}: not a valid run record\n{problems}") from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise RecordError(f"{path}: expected a JSON object, given {type(content).__name__}")
+    return content
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a finite number")
+
+
+def _problem(detail: Mapping[str, Any]) -> str:
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"])
+    field = "".join(parts).lstrip(".")
+    given = repr(detail["input"])
+    if detail["type"] == "missing" or not field or len(given) > 80:
+        return f"{field or 'record'}: {detail['msg']}"
+    return f"{field}: {detail['msg']} (given {given})"
+
+
+def _portable(value: Any, where: str) -> Any:
+    """The value as plain JSON with absolute paths shortened; ValueError names the place JSON cannot hold."""
+    if isinstance(value, str):
+        return _shorten(value)
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        if value - value != 0:
+            raise ValueError(f"{where}: expected a finite number, given {value}")
+        return value
+    if isinstance(value, list | tuple):
+        return [_portable(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _portable(item, f"{where}.{key}") for key, item in value.items()}
+    raise ValueError(f"{where}: expected a JSON value, given {type(value).__name__} {value!r}")
+
+
+def _canonical_numbers(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_canonical_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _canonical_numbers(item) for key, item in value.items()}
+    return value
+
+
+def _shorten(text: str) -> str:
+    """A value that is one absolute path, blanks and all, keeps its last part; other text is searched for paths."""
+    return _last_part(text) if _LOCAL_PATH.match(text) else without_local_paths(text)
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
+def _mean(values: Iterable[int]) -> float | None:
+    kept = list(values)
+    return sum(kept) / len(kept) if kept else None

@@ -1,0 +1,103 @@
+"""The official metrics of the tasks, in percent."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rankbits.errors import NonFiniteError, TaskError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from rankbits.tasks.task import Metric, Task
+
+
+def score(task: Task, predictions: NDArray[np.floating[Any]], labels: NDArray[Any]) -> dict[str, float]:
+    """Every metric of a task, in percent; see `Task.score`."""
+    predicted = _predicted(task, np.asarray(predictions), np.asarray(labels))
+    return {name: 100.0 * _METRICS[name](predicted, np.asarray(labels)) for name in task.metrics}
+
+
+def _predicted(task: Task, predictions: NDArray[Any], labels: NDArray[Any]) -> NDArray[Any]:
+    """Turn a model's outputs into one class number or value a row: [n]."""
+    rows = labels.shape[0] if labels.ndim == 1 else -1
+    allowed = [(rows, task.num_labels)] + ([(rows,)] if task.kind == "regression" else [])
+    if rows < 1 or predictions.shape not in allowed:
+        expected = " or ".join(str(list(shape)) for shape in allowed) if rows >= 1 else "labels [n] with n >= 1"
+        raise TaskError(
+            f"task {task.name}: predictions {list(predictions.shape)} with labels {list(labels.shape)} "
+            f"cannot be scored; expected {expected}"
+        )
+    finite = np.isfinite(predictions.astype(np.float64)).reshape(rows, -1).all(axis=1)  # [n]
+    if not finite.all():
+        raise NonFiniteError(
+            f"task {task.name}: {int((~finite).sum())} of {rows} predictions are NaN or infinite, "
+            f"the first at row {int(np.argmin(finite)) + 1}"
+        )
+    if task.kind == "regression":
+        return predictions.astype(np.float64).reshape(-1)  # [n]
+    classes: NDArray[np.intp] = predictions.argmax(axis=1)  # [n]
+    return classes
+
+
+def _accuracy(predicted: NDArray[Any], labels: NDArray[Any]) -> float:
+    return float((predicted == labels).mean())
+
+
+def _f1(predicted: NDArray[Any], labels: NDArray[Any]) -> float:
+    """F1 of class 1, as GLUE scores MRPC and QQP; 0 when the class is neither present nor predicted."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predicted, zero_division=0.0))
+
+
+def _matthews(predicted: NDArray[Any], labels: NDArray[Any]) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels, predicted))
+
+
+def _pearson(predicted: NDArray[Any], labels: NDArray[Any]) -> float:
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, predicted, labels)
+
+
+def _spearman(predicted: NDArray[Any], labels: NDArray[Any]) -> float:
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, predicted, labels)
+
+
+def _correlation(correlate: Callable[..., Any], predicted: NDArray[Any], labels: NDArray[Any]) -> float:
+    """A correlation, or 0 where it is undefined: for fewer than two rows or when one side is constant.
+
+    A model whose outputs have collapsed to one value says nothing about the labels, and 0 is the correlation of saying
+    nothing. NaN in its place would poison means over seeds, and a warning would end a run that evaluates an untrained
+    head. scipy also refuses to trust a side that varies by less than rounding; such a side counts as constant.
+    """
+    from scipy.stats import ConstantInputWarning, NearConstantInputWarning
+
+    if len(labels) < 2:
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConstantInputWarning)
+        warnings.simplefilter("error", NearConstantInputWarning)
+        try:
+            return float(correlate(predicted, labels).statistic)
+        except (ConstantInputWarning, NearConstantInputWarning):
+            return 0.0
+
+
+_METRICS: dict[Metric, Callable[[NDArray[Any], NDArray[Any]], float]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews": _matthews,
+    "pearson": _pearson,
+    "spearman": _spearman,
+}
