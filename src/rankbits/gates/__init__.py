@@ -1,0 +1,1 @@
+"""What a learned switch is: probability only."""

@@ -1,0 +1,1 @@
+"""What a number on a grid is: arithmetic only."""

@@ -1,0 +1,73 @@
+"""The grids: which bit widths exist, which side of zero they cover, and how coarse a step is.
+
+A grid of width b over the range beta has the step `(2 beta or beta) / (2^b - 1)`. Steps divide each other
+(s_4 = s_2 / 5, s_8 = s_4 / 17, s_16 = s_8 / 257), so that every grid contains the coarser ones: Bayesian-LoRA, Eq. 4;
+van Baalen et al. 2020. No step is ever zero: below the smallest normal number it is held there.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+BIT_WIDTHS = (2, 4, 8, 16, 32)
+GATED_WIDTHS = BIT_WIDTHS[1:]
+"""The widths that have a gate each; 2 bits are always on."""
+STEP_DIVISORS = tuple(2 ** (b // 2) + 1 for b in GATED_WIDTHS)
+"""What a step is divided by to get the next finer one: 5, 17, 257, 65537."""
+RESIDUAL_BOUNDS = tuple(2 ** (b // 2 - 1) for b in GATED_WIDTHS)
+"""Largest absolute integer code of the residual at each gated width: 2, 8, 128, 32768."""
+COARSEST_CODES = {True: (-1, 1), False: (0, 3)}
+"""Smallest and largest integer code at 2 bits, by whether the grid is signed."""
+UNROUNDED_WIDTH = 32
+"""At this width a tensor is clipped but not rounded: its step is below the resolution of float32."""
+
+
+class Signedness(str, Enum):
+    """Which side of zero a range covers; `AUTO` is decided by the values seen in calibration."""
+
+    SIGNED = "signed"
+    UNSIGNED = "unsigned"
+    AUTO = "auto"
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The floating type that quantization of a tensor computes in: float64 stays, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def coarsest_step(range_: Tensor, *, signed: bool) -> Tensor:
+    """Step of the 2-bit grid, s_2, in the units of `range_` and of its shape."""
+    return hold_step(range_ / (1.5 if signed else 3.0))
+
+
+def hold_step(step: Tensor) -> Tensor:
+    """Keep a step at or above the smallest normal number, so that no quotient by it is infinite or NaN."""
+    return step.clamp(min=torch.finfo(step.dtype).tiny)
+
+
+def expected_bits(link_probabilities: Tensor) -> Tensor:
+    """Expected bit width of a chain of width gates.
+
+    Args:
+        link_probabilities: [..., 4] probability that the grid is at least 4, 8, 16 and 32 bits wide.
+
+    Returns:
+        [...] bits between 2 and 32: 2 + 2 p_4 + 4 p_8 + 8 p_16 + 16 p_32.
+    """
+    gains = [float(b - b // 2) for b in GATED_WIDTHS]
+    return 2.0 + (link_probabilities * link_probabilities.new_tensor(gains)).sum(dim=-1)
+
+
+def bits_of_gates(open_gates: Tensor) -> Tensor:
+    """Bit width that a hard, chained set of width gates stands for.
+
+    Args:
+        open_gates: [..., 4] bool, no gate open behind a closed one.
+
+    Returns:
+        [...] int64 tensor of values 2, 4, 8, 16 or 32.
+    """
+    return torch.pow(2, 1 + open_gates.to(torch.int64).sum(dim=-1))

@@ -1,0 +1,200 @@
+"""Modules that own the range of one tensor and put it on a grid, given the values of its width gates."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankbits.errors import RankbitsWarning
+from rankbits.quant import kernels
+from rankbits.quant.codes import round_to_grid
+from rankbits.quant.float32_state import Float32State
+from rankbits.quant.grid import Signedness, bits_of_gates
+
+RANGE_FLOOR = 1e-8
+"""A tensor that never exceeded this has no range yet and stays in calibration."""
+
+
+class Quantizer(Float32State):
+    """A learned range, found by calibration first.
+
+    For the first `calibration_passes` training passes the module is the identity and records the largest magnitude;
+    from then on the range is `exp(log_range)`, positive by construction and trained with the rest (method of van
+    Baalen et al. 2020, with a running maximum instead of the first batch). While nothing but zeros was seen it keeps
+    recording. Evaluated before calibration it is the identity, and says so once.
+
+    Args:
+        calibration_passes: number of training passes to record, >= 0. Recomputed passes do not count.
+        signedness: side of zero that the range covers; `AUTO` becomes unsigned iff no negative value was recorded.
+        headroom: the calibrated range is this factor times the recorded maximum.
+    """
+
+    log_range: nn.Parameter
+    maximum: Tensor
+    passes: Tensor
+    calibrated: Tensor
+    seen_negative: Tensor
+
+    def __init__(
+        self, *, calibration_passes: int, signedness: Signedness = Signedness.SIGNED, headroom: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.calibration_passes = calibration_passes
+        self.signedness = signedness
+        self.headroom = headroom
+        self.log_range = nn.Parameter(torch.zeros((), dtype=torch.float32))
+        self.register_buffer("maximum", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("seen_negative", torch.zeros((), dtype=torch.bool))
+        self._known: tuple[bool, bool] | None = None
+        self._warned = False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._known = None
+
+    def _host_state(self) -> tuple[bool, bool]:
+        """(calibrated, signed) as Python values: read from the device once and after each change, not in each pass."""
+        if self._known is None:
+            signed = self.signedness is Signedness.SIGNED or (
+                self.signedness is Signedness.AUTO and bool(self.seen_negative)
+            )
+            self._known = (bool(self.calibrated), signed)
+        return self._known
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the range is known, so that the module quantizes."""
+        return self._host_state()[0]
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether the grid covers both sides of zero; meaningful once calibrated."""
+        return self._host_state()[1]
+
+    @property
+    def range_(self) -> Tensor:
+        """The positive range, a float32 scalar in the units of the tensor, differentiable in `log_range`."""
+        return self.log_range.exp()
+
+    @torch.no_grad()
+    def record(self, x: Tensor) -> None:
+        """Take the magnitudes of one pass into the running maximum; NaN and infinite values are left out."""
+        self.passes += 1
+        if x.numel() == 0:
+            return
+        magnitudes = x.detach().abs().to(torch.float32)
+        largest = magnitudes.amax()
+        if not bool(torch.isfinite(largest)):
+            largest = torch.where(torch.isfinite(magnitudes), magnitudes, 0.0).amax()
+            warnings.warn("a quantizer saw NaN or infinite values while calibrating", RankbitsWarning, stacklevel=2)
+        torch.maximum(self.maximum, largest, out=self.maximum)
+        self.seen_negative |= (x < 0).any()
+
+    @torch.no_grad()
+    def finish_calibration(self) -> bool:
+        """End calibration now, with what was recorded; false, and still calibrating, if only zeros were seen."""
+        if self.is_calibrated:
+            return True
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            seen = torch.stack([self.maximum, self.seen_negative.to(torch.float32)])
+            torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
+            self.maximum.copy_(seen[0])
+            self.seen_negative.copy_(seen[1] > 0)
+        if self.maximum.is_meta or float(self.maximum) <= RANGE_FLOOR:
+            return False
+        self.log_range.copy_(self.maximum.log() + math.log(self.headroom))
+        self.calibrated.fill_(True)
+        self._known = None
+        return True
+
+    def calibrate_to(self, x: Tensor) -> None:
+        """Calibrate at once to a tensor that does not change, such as a frozen weight."""
+        if not x.is_meta:
+            self.record(x)
+            self.finish_calibration()
+
+    @torch.no_grad()
+    def cover(self, x: Tensor) -> None:
+        """Widen the range to the largest magnitude of `x`: a clipped weight gets no gradient to come back."""
+        if self.is_calibrated:
+            largest = x.detach().abs().amax().to(torch.float32).clamp(min=RANGE_FLOOR)
+            torch.maximum(self.log_range, largest.log(), out=self.log_range)
+
+    def _passes_through(self, x: Tensor) -> bool:
+        """Whether this pass is the identity; records it if it is a calibration pass."""
+        if self.is_calibrated:
+            return False
+        # Inside backward this is a recomputed pass: it must repeat what the first one did, and count nothing.
+        if torch._C._current_graph_task_id() != -1:
+            return True
+        if not self.training:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "a quantizer is evaluated before its range was calibrated: it is the identity",
+                    RankbitsWarning,
+                    stacklevel=3,
+                )
+            return True
+        if int(self.passes) >= self.calibration_passes and self.finish_calibration():
+            return False
+        self.record(x)
+        return True
+
+    def forward(self, x: Tensor, gates: Tensor, *, hard: bool) -> Tensor:
+        """Quantize, or record while calibrating.
+
+        Args:
+            x: values, any shape.
+            gates: [4] values of the gates of 4, 8, 16 and 32 bits; for `hard`, bool and chained.
+            hard: round at one width (evaluation, fixed-gate phase) instead of summing gated residuals.
+
+        Returns:
+            Tensor of the shape and dtype of `x`.
+        """
+        if self._passes_through(x):
+            return x
+        if hard:
+            return self.rounded(x, gates)
+        return kernels.quantize(x, self.range_, gates, signed=self.is_signed)
+
+    def rounded(self, x: Tensor, gates: Tensor) -> Tensor:
+        """`x` at the width of hard, chained gates [4]; `x` itself while there is no range. Records nothing."""
+        if not self.is_calibrated:
+            return x
+        return round_to_grid(x, self.range_, bits_of_gates(gates), signed=self.is_signed)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"calibration_passes={self.calibration_passes}, {self.signedness.value}"
+
+
+class FixedQuantizer(Float32State):
+    """A quantizer whose width and range were decided: what hardening leaves.
+
+    Args:
+        bits: 2, 4, 8, 16 or 32.
+        signed: whether the grid covers both sides of zero.
+    """
+
+    fixed_range: Tensor
+
+    def __init__(self, bits: int, *, signed: bool = True) -> None:
+        super().__init__()
+        self.bits = bits
+        self.is_signed = signed
+        self.register_buffer("fixed_range", torch.ones((), dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round `x` to the grid; the result has its shape and dtype."""
+        return round_to_grid(x, self.fixed_range, self.bits, signed=self.is_signed)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"bits={self.bits}, {'signed' if self.is_signed else 'unsigned'}"
