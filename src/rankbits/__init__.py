@@ -1,0 +1,108 @@
+"""Fine-tune a model and learn, in the same run, the rank and the bit width that each of its matrices needs.
+
+`import rankbits` registers our tuners with PEFT: at once if PEFT is loaded, else the moment it is. Public names load
+what they need when they are first used, so that the command line answers without loading torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rankbits.training.callback import RankbitsCallback as RankbitsCallback
+    from rankbits.training.groups import optimizer_and_scheduler as optimizer_and_scheduler
+    from rankbits.training.objective import regularization_loss as regularization_loss
+    from rankbits.training.schedule import GateSchedule as GateSchedule
+    from rankbits.tuners.bayesian_lora import BayesianLoraConfig as BayesianLoraConfig
+    from rankbits.tuners.bayesian_lora import harden as harden
+    from rankbits.tuners.bayesian_lora import summarize as summarize
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "BayesianLoraConfig": "rankbits.tuners.bayesian_lora",
+    "GateSchedule": "rankbits.training.schedule",
+    "RankbitsCallback": "rankbits.training.callback",
+    "harden": "rankbits.tuners.bayesian_lora",
+    "optimizer_and_scheduler": "rankbits.training.groups",
+    "regularization_loss": "rankbits.training.objective",
+    "summarize": "rankbits.tuners.bayesian_lora",
+}
+__all__ = [
+    "BayesianLoraConfig",
+    "GateSchedule",
+    "RankbitsCallback",
+    "__version__",
+    "harden",
+    "optimizer_and_scheduler",
+    "regularization_loss",
+    "summarize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'rankbits' has no attribute {name!r}; it has {', '.join(sorted(_PUBLIC))}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
+class _RegisteringLoader(importlib.abc.Loader):
+    """Loads PEFT as usual, then registers our tuners with it."""
+
+    def __init__(self, finder: _PeftFinder, loader: importlib.abc.Loader) -> None:
+        self.finder = finder
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
+        self.loader.exec_module(module)
+        _register()
+
+
+class _PeftFinder(importlib.abc.MetaPathFinder):
+    """Waits for the import of PEFT and lets the usual finders find it.
+
+    Others look PEFT up without importing it (transformers asks whether it is installed), so the finder stays until
+    the module is really executed.
+    """
+
+    def __init__(self) -> None:
+        self.asking = False
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "peft" or self.asking:
+            return None
+        self.asking = True
+        try:
+            spec = importlib.util.find_spec("peft")
+        finally:
+            self.asking = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RegisteringLoader(self, spec.loader)
+        return spec
+
+
+def _register() -> None:
+    importlib.import_module("rankbits.tuners.register").register()
+
+
+if "peft" in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _PeftFinder())

@@ -1,0 +1,1 @@
+"""How it learns: loss terms, phases, optimizer groups and the glue to the Trainer."""

@@ -1,0 +1,60 @@
+"""Finding where NaN or infinity enters a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in _tensors(v)]
+    if isinstance(value, (tuple, list)):
+        return [t for v in value for t in _tensors(v)]
+    return []
+
+
+def _is_finite(value: Any) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in _tensors(value) if t.is_floating_point())
+
+
+@torch.no_grad()
+def first_non_finite_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Run a forward pass again and name the first innermost module whose output is not finite.
+
+    Args:
+        model: the model, in whatever mode it is.
+        args: positional inputs of its forward.
+        kwargs: keyword inputs of its forward.
+
+    Returns:
+        Qualified module name, or None if every module's output was finite (then the loss itself is the culprit).
+    """
+    culprits: list[str] = []
+
+    def check(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not culprits and not _is_finite(output):
+                culprits.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(check(name)) for name, module in model.named_modules() if name]
+    try:
+        model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return culprits[0] if culprits else None
+
+
+def first_non_finite_gradient(model: nn.Module) -> str | None:
+    """Name of the first parameter whose gradient holds NaN or infinity, or None."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            return name
+    return None

@@ -1,0 +1,137 @@
+"""Optimizer groups: adapters follow the task's learning rate, gates and ranges have constant ones of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from rankbits.gates.hard_concrete import OPEN_LOGIT
+from rankbits.training.schedule import GateSchedule
+from rankbits.tuners.bayesian_lora import learning_adapters
+
+
+class Decay(str, Enum):
+    """How the task's learning rate falls after its warm-up."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"
+    CONSTANT = "constant"
+
+
+@dataclass(frozen=True)
+class GateRates:
+    """Learning rates of what is not an adapter weight.
+
+    Args:
+        gates: rate of all gate logits; None takes the rate at which the penalty alone would just close a gate within
+            the penalised steps.
+        ranges: rate of the logarithms of the ranges.
+        eps: Adam's epsilon for the gates. Adam makes steps of equal size of gradients of any size above it; a larger
+            value lets the strength of the penalty matter.
+    """
+
+    gates: float | None = None
+    ranges: float = 1e-3
+    eps: float = 1e-8
+
+
+def automatic_gate_rate(initial_logit: float, penalised_steps: int) -> float:
+    """Rate at which a gate that only the penalty moves reaches its threshold at the end of the penalised steps."""
+    return (initial_logit - OPEN_LOGIT) / max(penalised_steps, 1)
+
+
+def parameter_groups(
+    model: nn.Module, *, learning_rate: float, weight_decay: float, gate_rate: float, rates: GateRates
+) -> list[dict[str, Any]]:
+    """Every trainable parameter in exactly one group.
+
+    Args:
+        model: a model with Bayesian-LoRA adapters.
+        learning_rate: of adapters, head and whatever else is trained.
+        weight_decay: of their matrices; vectors, gates and ranges are never decayed, because decay would pull a gate
+            towards open.
+        gate_rate: of the gate logits.
+        rates: of the ranges, and Adam's epsilon for the gates.
+
+    Returns:
+        Groups named "matrices", "vectors", "gates" and "ranges", without empty ones.
+    """
+    gates = [p for _, _, g in learning_adapters(model) for p in g.parameters()]
+    ranges = [
+        p for layer, name, _ in learning_adapters(model) for p in layer.bayesian_lora_quantizers[name].parameters()
+    ]
+    special = {id(p) for p in (*gates, *ranges)}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in special]
+    groups: list[dict[str, Any]] = [
+        {"name": "matrices", "params": [p for p in rest if p.ndim >= 2], "lr": learning_rate, "decay": weight_decay},
+        {"name": "vectors", "params": [p for p in rest if p.ndim < 2], "lr": learning_rate, "decay": 0.0},
+        {"name": "gates", "params": gates, "lr": gate_rate, "decay": 0.0, "eps": rates.eps},
+        {"name": "ranges", "params": ranges, "lr": rates.ranges, "decay": 0.0},
+    ]
+    for group in groups:
+        group["weight_decay"] = group.pop("decay")
+    return [group for group in groups if group["params"]]
+
+
+def decay_factor(step: int, *, total_steps: int, warmup_steps: int, decay: Decay) -> float:
+    """Share of the task's learning rate at an optimizer step counted from 0."""
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    if decay is Decay.LINEAR:
+        return 1.0 - progress
+    return 0.5 * (1.0 + math.cos(math.pi * progress)) if decay is Decay.COSINE else 1.0
+
+
+def optimizer_and_scheduler(
+    schedule: GateSchedule,
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    decay: str = "linear",
+    warmup_steps: int = 0,
+    rates: GateRates | None = None,
+) -> tuple[AdamW, LambdaLR]:
+    """AdamW and its scheduler for a Bayesian-LoRA model: hand both to the Trainer as `optimizers=`.
+
+    Args:
+        schedule: the gate schedule of the model; give the same one to `RankbitsCallback`.
+        learning_rate: peak rate of adapters and head.
+        weight_decay: of their matrices.
+        decay: "linear", "cosine" or "constant".
+        warmup_steps: steps in which that rate grows linearly from zero.
+        rates: constant rates of gates and ranges.
+
+    Returns:
+        The optimizer, and a scheduler under which only adapters and head decay.
+    """
+    rates = rates or GateRates()
+    gate_rate = rates.gates
+    if gate_rate is None:
+        tops = [p.detach().max() for _, _, g in learning_adapters(schedule.model) for p in g.parameters() if p.numel()]
+        highest = float(torch.stack([t.cpu() for t in tops]).max()) if tops else 0.0
+        gate_rate = automatic_gate_rate(highest, schedule.penalised_steps)
+    groups = parameter_groups(
+        schedule.model, learning_rate=learning_rate, weight_decay=weight_decay, gate_rate=gate_rate, rates=rates
+    )
+    optimizer = AdamW(groups, lr=learning_rate)
+
+    def task_factor(step: int) -> float:
+        return decay_factor(step, total_steps=schedule.total_steps, warmup_steps=warmup_steps, decay=Decay(decay))
+
+    def constant(_step: int) -> float:
+        return 1.0
+
+    constant_groups = ("gates", "ranges")
+    factors: list[Callable[[int], float]] = [
+        constant if group["name"] in constant_groups else task_factor for group in optimizer.param_groups
+    ]
+    return optimizer, LambdaLR(optimizer, factors)

@@ -1,0 +1,1 @@
+"""Where we sit inside a model: the PEFT boundary."""

@@ -1,0 +1,178 @@
+"""What belongs to a Bayesian-LoRA adapter: rank, targets, which tensors have quantizers, how it starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+from peft import PeftConfig
+
+from rankbits.gates.hard_concrete import OPEN_LOGIT
+from rankbits.tuners.peft_type import RankbitsPeftType
+
+
+class Site(str, Enum):
+    """The tensors of an adapted linear layer that can have a quantizer (Bayesian-LoRA, Alg. 1)."""
+
+    WEIGHT = "weight"
+    DOWN = "down"
+    DIAGONAL = "diagonal"
+    UP = "up"
+    DOWN_OUTPUT = "down_output"
+    DIAGONAL_OUTPUT = "diagonal_output"
+    OUTPUT = "output"
+    INPUT = "input"
+
+
+PAPER_SITES = tuple(site for site in Site if site is not Site.INPUT)
+"""The seven quantizers of the paper: W0, A, E, B and the outputs of A, of E and of the block."""
+
+
+class RankGate(str, Enum):
+    """How a rank gate gets its value: rounded with a straight-through gradient, or sampled hard concrete."""
+
+    STRAIGHT_THROUGH = "ste"
+    HARD_CONCRETE = "hard_concrete"
+
+
+class Start(str, Enum):
+    """How A, E and B start; the update is zero for the first two."""
+
+    LORA = "lora"
+    ADALORA = "adalora"
+    RANDOM = "random"
+
+
+def start_of(init_weights: bool | str) -> Start:
+    """The start that `init_weights` names: True is "lora", False is "random"; ValueError for an unknown name."""
+    if isinstance(init_weights, bool):
+        return Start.LORA if init_weights else Start.RANDOM
+    return Start(init_weights)
+
+
+@dataclass
+class BayesianLoraConfig(PeftConfig):
+    """Configuration of a Bayesian-LoRA adapter, W = W0 + B E A with gated rank and gated bit widths.
+
+    Args:
+        r: maximum rank of the update; gates may close all but the first.
+        alpha: the update is scaled by alpha / r, with the maximum rank, however many ranks stay open.
+        target_modules: names or a regular expression of the linear layers to adapt, "all-linear", or None for the
+            architecture's usual ones.
+        exclude_modules: names or a regular expression of layers to leave out.
+        dropout: dropout on the input of A, in [0, 1).
+        modules_to_save: modules trained and saved in full, such as a classification head.
+        layers_to_transform: indices of the blocks to adapt.
+        layers_pattern: name of the list of blocks, if it is an unusual one.
+        init_weights: True or "lora" (A Kaiming-uniform, B zero, E one), "adalora" (A and B normal with standard
+            deviation 0.02, E zero), False ("lora" with a normal B: not the identity).
+        learn_bits: learn the bit width of each quantizer; False switches all quantizers off.
+        learn_rank: learn the rank of each layer; False keeps r.
+        rank_gate: "ste" (Alg. 1) or "hard_concrete" (Eqs. 12-13).
+        quantizers: tensors to quantize, names of `Site`; None means the paper's seven. "input" is optional.
+        calibration_passes: training passes that only record ranges.
+        initial_bit_logit: start of all bit-width gates; all must be open.
+        initial_rank_logit: start of all rank gates; all r ranks must be open.
+        hardened_ranks: written by `rankbits.harden`: layer name to its fixed rank.
+        hardened_bits: written by `rankbits.harden`: layer name to site to its fixed width in bits.
+        unsigned_inputs: written by `rankbits.harden`: layers whose input grid starts at zero.
+
+    Raises:
+        ValueError: all invalid fields together, each with its value and what is allowed.
+    """
+
+    r: int = field(default=8, metadata={"help": "maximum rank of the update"})
+    alpha: float = field(default=16.0, metadata={"help": "the update is scaled by alpha / r"})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "linear layers to adapt"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to leave out"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout on the input of A"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained and saved in full"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "block indices to adapt"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of blocks"})
+    init_weights: bool | str = field(default=True, metadata={"help": "True, False, 'lora' or 'adalora'"})
+    learn_bits: bool = field(default=True, metadata={"help": "learn bit widths"})
+    learn_rank: bool = field(default=True, metadata={"help": "learn ranks"})
+    rank_gate: str = field(default="ste", metadata={"help": "'ste' or 'hard_concrete'"})
+    quantizers: list[str] | None = field(default=None, metadata={"help": "tensors that have a quantizer"})
+    calibration_passes: int = field(default=50, metadata={"help": "training passes that only record ranges"})
+    initial_bit_logit: float = field(default=6.0, metadata={"help": "start of the bit-width gates"})
+    initial_rank_logit: float = field(default=6.0, metadata={"help": "start of the rank gates"})
+    hardened_ranks: dict[str, int] | None = field(default=None, metadata={"help": "written by harden"})
+    hardened_bits: dict[str, dict[str, int]] | None = field(default=None, metadata={"help": "written by harden"})
+    unsigned_inputs: list[str] | None = field(default=None, metadata={"help": "written by harden"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = RankbitsPeftType.BAYESIAN_LORA
+        # PEFT compares and stores collections of module names as sets.
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        problems = [*self._number_problems(), *self._name_problems()]
+        if problems:
+            raise ValueError("BayesianLoraConfig: " + "; ".join(problems))
+
+    def _number_problems(self) -> list[str]:
+        problems = []
+        if self.r < 1:
+            problems.append(f"`r` must be a positive integer, got {self.r}")
+        if self.alpha <= 0:
+            problems.append(f"`alpha` must be > 0, got {self.alpha}")
+        if not 0.0 <= self.dropout < 1.0:
+            problems.append(f"`dropout` must be in [0, 1), got {self.dropout}")
+        if self.calibration_passes < 0:
+            problems.append(f"`calibration_passes` must be >= 0, got {self.calibration_passes}")
+        if self.initial_bit_logit <= OPEN_LOGIT:
+            problems.append(
+                f"`initial_bit_logit` must exceed {OPEN_LOGIT:.4f}, where gates open, got {self.initial_bit_logit}"
+            )
+        return problems
+
+    def _name_problems(self) -> list[str]:
+        problems = []
+        gates = [gate.value for gate in RankGate]
+        if self.rank_gate not in gates:
+            problems.append(f"`rank_gate` must be one of {gates}, got {self.rank_gate!r}")
+        elif not self.hardened and not _all_ranks_start_open(self.rank_gate, self.initial_rank_logit, self.r):
+            problems.append(
+                f"`initial_rank_logit`={self.initial_rank_logit} leaves some of r={self.r} ranks closed at the start: "
+                "raise it"
+            )
+        if self.init_weights not in (True, False, Start.LORA.value, Start.ADALORA.value):
+            problems.append(f"`init_weights` must be True, False, 'lora' or 'adalora', got {self.init_weights!r}")
+        sites = [site.value for site in Site]
+        unknown = sorted(set(self.quantizers or ()) - set(sites))
+        if unknown:
+            problems.append(f"`quantizers` has unknown names {unknown}; known are {sites}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            problems.append("`layers_pattern` needs `layers_to_transform`")
+        return problems
+
+    @property
+    def hardened(self) -> bool:
+        """Whether ranks and widths are fixed."""
+        return self.hardened_ranks is not None
+
+    @property
+    def learns(self) -> bool:
+        """Whether the adapter has gates, and so needs a schedule."""
+        return (self.learn_bits or self.learn_rank) and not self.hardened
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The quantizers of a layer on an unquantized base, in the fixed order of `Site`."""
+        if not self.learn_bits:
+            return ()
+        if self.quantizers is None:
+            return PAPER_SITES
+        return tuple(site for site in Site if site.value in self.quantizers)
+
+
+def _all_ranks_start_open(rank_gate: str, logit: float, rank: int) -> bool:
+    if rank_gate == RankGate.HARD_CONCRETE.value:
+        return logit > OPEN_LOGIT
+    # The last gate is the rounded product of all r - 1 probabilities.
+    probability = 1.0 / (1.0 + math.exp(-logit))
+    return bool(probability ** (rank - 1) > 0.5)

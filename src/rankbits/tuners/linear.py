@@ -1,0 +1,178 @@
+"""What all our mergeable tuners of linear layers share: life cycle, merging, dtypes and quantized bases."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    quantization_extra_repr,
+    resolve_quantization_backend,
+)
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class AdapterLinear(nn.Module, BaseTunerLayer, ABC):
+    """A linear layer with adapters beside it.
+
+    A method supplies its containers, `update_layer`, `adapted_forward` and `merged_weight`.
+
+    Args:
+        base_layer: `nn.Linear`, transformers' `Conv1D`, or a quantized linear layer that PEFT knows.
+        adapter_name: the first adapter.
+        config: its configuration.
+        key: qualified name of the layer in the base model.
+        quantization: what PEFT's backends need to re-quantize a merged weight.
+
+    Raises:
+        TypeError: the layer is of another type.
+    """
+
+    extra_repr = quantization_extra_repr
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: PeftConfig, key: str, quantization: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(base, **quantization)
+        self.is_transposed = isinstance(base, Conv1D)
+        self.in_features, self.out_features = _features(base, key, quantized=self.quantization_backend is not None)
+        self.merged_adapters: list[str] = []
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        self.cast_input_dtype_enabled = True
+        self._originals: list[Tensor] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.create_containers()
+        self.update_layer(adapter_name, config, key)
+
+    @abstractmethod
+    def create_containers(self) -> None:
+        """Create the empty per-adapter containers that the class attributes list."""
+
+    @abstractmethod
+    def update_layer(self, adapter_name: str, config: Any, key: str) -> None:
+        """Add one adapter and activate what is active."""
+
+    @abstractmethod
+    def adapted_forward(self, x: Tensor) -> Tensor:
+        """Output with the active adapters: [..., in_features] to [..., out_features]."""
+
+    @abstractmethod
+    def merged_weight(self, adapter_name: str, weight: Tensor) -> Tensor:
+        """The weight [out_features, in_features], float32, that alone computes what base and adapter compute."""
+
+    @abstractmethod
+    def check_mergeable(self, adapter_names: list[str]) -> None:
+        """Raise if merging these adapters would change what the layer computes."""
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """A base weight as [out_features, in_features], or such a weight as the base layer stores it."""
+        return weight.T if self.is_transposed else weight
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output in the dtype of its input: [..., in_features] to [..., out_features]."""
+        dtype = x.dtype
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs).to(dtype)  # type: ignore[no-any-return]
+        return self.adapted_forward(x).to(dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters into the base weight and keep the original for `unmerge`.
+
+        Args:
+            safe_merge: check that the merged weight is finite before storing it.
+            adapter_names: which adapters; the active ones if None.
+
+        Raises:
+            MergeError: merging is not exact for this method or in its present configuration; nothing has changed.
+            ValueError: `safe_merge` found NaN or infinite values; that adapter and later ones are not merged.
+        """
+        available = self._get_available_adapters()
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in available]
+        self.check_mergeable(names)
+        for name in names:
+            original = self.get_base_weight()
+            with torch.no_grad():
+                merged = self.oriented(self.merged_weight(name, self.oriented(original).to(torch.float32)))
+            if safe_merge and not bool(torch.isfinite(merged).all()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            self.set_base_weight(merged.to(original.dtype).contiguous())
+            self._originals.append(original)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the original base weight back: bit for bit, except where a quantized base has to re-quantize it."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            self.merged_adapters.pop()
+            self.set_base_weight(self._originals.pop().to(self.get_base_weight().device))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging the adapter would add to the base weight, in the base layer's shape and dtype."""
+        weight = self.get_base_weight()
+        full = self.oriented(weight).to(torch.float32)
+        return self.oriented(self.merged_weight(adapter, full) - full).to(weight.dtype)
+
+
+def _features(base: nn.Module, key: str, *, quantized: bool) -> tuple[int, int]:
+    """(in_features, out_features) of a supported base layer."""
+    if isinstance(base, Conv1D):
+        return int(base.weight.shape[0]), int(base.weight.shape[1])
+    if isinstance(base, nn.Linear) or quantized:
+        return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
+    raise TypeError(
+        f"target module {key!r} is a {type(base).__name__}, which cannot be adapted: supported are torch.nn.Linear "
+        "(also quantized by a backend PEFT knows) and transformers' Conv1D"
+    )
+
+
+class LinearTuner(BaseTuner, ABC):
+    """A tuner that replaces linear layers by one class: `layer_class`, which PEFT knows as `tuner_layer_cls`."""
+
+    layer_class: type[AdapterLinear]
+
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, self.layer_class):
+            target.update_layer(adapter_name, peft_config, current_key)
+            return
+        layer = self.layer_class(target, adapter_name, peft_config, current_key, get_quantization_kwargs(self))
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # Without this hook PEFT would ignore the argument and answer every row with the active adapter.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={kwargs['adapter_names']!r} was given, but {type(self).__name__} cannot mix adapters "
+                "in one batch: run one batch per adapter with set_adapter(name)"
+            )
+        yield
