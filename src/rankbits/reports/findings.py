@@ -1,0 +1,46 @@
+"""What a record shows, in plain sentences: the outcome that the figures illustrate."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rankbits.records import SITES, RunRecord
+from rankbits.reports.tables import SITE_LABELS, has_bits, has_learned_rank
+
+
+def findings(record: RunRecord) -> list[str]:
+    """One sentence about ranks and one about bits; says so where nothing was learned or nothing moved."""
+    return [_rank_sentence(record), _bits_sentence(record)]
+
+
+def _rank_sentence(record: RunRecord) -> str:
+    modules = record.modules
+    if not modules:
+        return "No matrix was adapted."
+    low, high = min(m.rank for m in modules), max(m.rank for m in modules)
+    if not has_learned_rank(record):
+        at = f"rank {low}" if low == high else f"ranks from {low} to {high}"
+        return f"The rank is fixed: all {len(modules)} matrices were adapted at {at}."
+    if all(m.rank == m.max_rank for m in modules):
+        return f"No rank was closed: all {len(modules)} matrices keep their full rank."
+    if low == high:
+        return f"All {len(modules)} matrices ended at the same rank, {low}."
+    lowest = next(m.name for m in modules if m.rank == low)
+    highest = next(m.name for m in modules if m.rank == high)
+    return f"Ranks differ between matrices, from {low} ({lowest}) to {high} ({highest})."
+
+
+def _bits_sentence(record: RunRecord) -> str:
+    if not has_bits(record):
+        return "Nothing was quantized: every tensor stays in full precision."
+    counts = Counter(bits for m in record.modules for bits in m.bits.values())
+    total = counts.total()
+    if len(counts) == 1:
+        return f"All {total} quantizers ended at the same width, {next(iter(counts))} bits."
+    shares = ", ".join(f"{counts[bits]} at {bits} bits" for bits in sorted(counts))
+    means = {SITE_LABELS[site]: mean for site in SITES if (mean := record.mean_bits(site)) is not None}
+    narrow, wide = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+    sentence = f"Of {total} quantizers, {shares}"
+    if means[narrow] == means[wide]:
+        return f"{sentence}."
+    return f"{sentence}; narrowest on average is {narrow} ({means[narrow]:.1f}), widest {wide} ({means[wide]:.1f})."

@@ -1,0 +1,84 @@
+"""Records as rows of text: the closing table, and the cells that the page shares with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rankbits.records import RunRecord, Site
+
+COLUMNS = ("method", "score", "mean rank", "bits of W0", "bits of adapters", "trainable", "minutes")
+FULL_PRECISION = "full"
+NOTHING_ADAPTED = "none"
+
+SITE_LABELS: dict[Site, str] = {
+    "weight": "W0",
+    "down": "A",
+    "diagonal": "E",
+    "up": "B",
+    "down_output": "A out",
+    "diagonal_output": "E out",
+    "output": "out",
+    "input": "in",
+}
+
+
+def run_table(records: Sequence[RunRecord]) -> list[list[str]]:
+    """One row of text cells per record, under COLUMNS: the table a run ends with, methods beside each other.
+
+    Scores are in percent; "(fixed)" marks a rank that was not learned, "full" a tensor that was not quantized.
+    """
+    return [
+        [
+            label,
+            score_text(record),
+            rank_text(record),
+            bits_text(record.mean_bits("weight")),
+            bits_text(record.mean_adapter_bits()),
+            f"{record.parameters.trainable:,}",
+            f"{record.training.seconds / 60:.1f}",
+        ]
+        for label, record in zip(labels(records), records, strict=True)
+    ]
+
+
+def labels(records: Sequence[RunRecord]) -> list[str]:
+    """A name for each record: its method, with run name and seed added only where they tell records apart."""
+    by_method = [record.method for record in records]
+    by_name = [f"{record.method}, {record.name}" for record in records]
+    by_seed = [f"{record.method}, seed {record.seed}" for record in records]
+    for candidates in (by_method, by_seed, by_name):
+        if len(set(candidates)) == len(records):
+            return candidates
+    full = [f"{record.method}, {record.name}, seed {record.seed}" for record in records]
+    counts = Counter(full)
+    return [f"{text} ({number})" if counts[text] > 1 else text for number, text in enumerate(full, start=1)]
+
+
+def score_text(record: RunRecord) -> str:
+    """The headline score in percent with its metric, for example "78.52 accuracy"."""
+    score = record.primary_score()
+    return f"{score.value:.2f} {score.metric}"
+
+
+def has_learned_rank(record: RunRecord) -> bool:
+    """Whether any matrix had rank gates: those, and only those, have an expected rank."""
+    return any(module.expected_rank is not None for module in record.modules)
+
+
+def has_bits(record: RunRecord) -> bool:
+    """Whether any tensor of the run was quantized."""
+    return any(module.bits for module in record.modules)
+
+
+def rank_text(record: RunRecord) -> str:
+    """Mean rank over the adapted matrices, marked where it was given and not learned."""
+    mean = record.mean_rank()
+    if mean is None:
+        return NOTHING_ADAPTED
+    return f"{mean:.2f}" if has_learned_rank(record) else f"{mean:.2f} (fixed)"
+
+
+def bits_text(bits: float | None) -> str:
+    """A mean width in bits; None means that nothing there was quantized."""
+    return FULL_PRECISION if bits is None else f"{bits:.2f}"
