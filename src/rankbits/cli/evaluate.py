@@ -1,0 +1,27 @@
+"""`rankbits evaluate`: score a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
+
+
+def evaluate(
+    run: RunFolder,
+    task: Annotated[str | None, typer.Option(help="Another task than the run's own.")] = None,
+    data: Annotated[str | None, typer.Option(help="A folder of local files or a hub data set.")] = None,
+) -> None:
+    """Score a finished run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rankbits.recipes.run import evaluate as score_run
+
+    table = Table("split", "metric", "score in percent")
+    for score in score_run(run, task=task, data=data):
+        table.add_row(score.split, score.metric, f"{score.value:.2f}")
+    Console().print(table)

@@ -1,0 +1,1 @@
+"""A whole experiment as data: schema, shipped recipes, methods and the run itself."""

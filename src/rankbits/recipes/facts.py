@@ -1,0 +1,102 @@
+"""The facts of a finished run that its record keeps: versions, machine, parameters and what each matrix learned."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from rankbits.records import ModuleRecord, ParameterRecord
+from rankbits.tuners.bayesian_lora import LayerSummary
+
+PACKAGES = ("rankbits", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+GATE_MARK, RANGE_MARK = "bayesian_lora_gates", "bayesian_lora_quantizers"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, str | int]:
+    """The kind of machine, without its name."""
+    facts: dict[str, str | int] = {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cpu_cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "device": "cpu",
+    }
+    if torch.cuda.is_available():
+        facts["device"] = torch.cuda.get_device_name()
+    return facts
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory this process has held: on the accelerator if there is one, else resident; 0 if unknown."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def parameters(model: PeftModel) -> ParameterRecord:
+    """Numbers of parameters of a model in training, before hardening.
+
+    `adapter` counts the matrices of the update (A, E, B); gates and ranges are what Bayesian-LoRA adds to them.
+    """
+    counts = {"adapter": 0, "gates": 0, "ranges": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts[_part(name)] += parameter.numel()
+    # A module that is trained in full is there twice: trained, and as it was.
+    originals = sum(p.numel() for name, p in model.named_parameters() if ".original_module." in name)
+    total = sum(p.numel() for p in model.parameters()) - originals
+    return ParameterRecord(trainable=sum(counts.values()), total=total, **counts)
+
+
+def _part(name: str) -> str:
+    if ".modules_to_save." in name:
+        return "head"
+    if GATE_MARK in name:
+        return "gates"
+    return "ranges" if RANGE_MARK in name else "adapter"
+
+
+def learned(model: nn.Module, summaries: list[LayerSummary]) -> list[ModuleRecord]:
+    """One entry per adapted matrix: from the gates as they were before hardening, or LoRA's fixed rank."""
+    facts = [asdict(summary) for summary in summaries] or [
+        {"name": name, "rank": rank, "max_rank": rank}
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+        for rank in layer.r.values()
+    ]
+    return [ModuleRecord.model_validate({**fact, **_place(str(fact["name"]))}) for fact in facts]
+
+
+def _place(name: str) -> dict[str, str | int | None]:
+    """Name, block index and matrix kind of a module of a PEFT model."""
+    short = name.removeprefix("base_model.model.")
+    index = re.search(r"\.(\d+)\.", short)
+    # "output.dense" says more than "dense": BERT has three of them in a block.
+    tail = short[index.end() :] if index else short
+    kind = tail.rsplit(".", 1)[-1]
+    return {"name": short, "layer": int(index.group(1)) if index else None, "kind": tail if kind == "dense" else kind}

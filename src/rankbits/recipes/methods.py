@@ -1,0 +1,93 @@
+"""From a method's name to the PEFT configuration that a recipe's adapter section describes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rankbits.errors import ModelError
+from rankbits.recipes.schema import AdapterSection, Recipe
+from rankbits.tuners.bayesian_lora import BayesianLoraConfig
+
+
+def _bayesian_lora(adapter: AdapterSection) -> PeftConfig:
+    return BayesianLoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=adapter.r,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        target_modules=adapter.targets,
+        modules_to_save=adapter.modules_to_save,
+        init_weights=adapter.init_weights,
+        learn_bits=adapter.learn_bits,
+        learn_rank=adapter.learn_rank,
+        rank_gate=adapter.rank_gate,
+        quantizers=adapter.quantizers,
+        calibration_passes=adapter.calibration_passes,
+        initial_bit_logit=adapter.initial_bit_logit,
+        initial_rank_logit=adapter.initial_rank_logit,
+    )
+
+
+def _lora(adapter: AdapterSection) -> PeftConfig:
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=adapter.r,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.targets,
+        modules_to_save=adapter.modules_to_save,
+    )
+
+
+CONFIGS: dict[str, Callable[[AdapterSection], PeftConfig]] = {"bayesian-lora": _bayesian_lora, "lora": _lora}
+
+
+def attach(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
+    """Put the recipe's adapters into a model.
+
+    Raises:
+        ModelError: the targets match nothing, match layers that cannot be adapted, or the configuration does not fit
+            the model.
+    """
+    check_targets(model, recipe.adapter.targets)
+    try:
+        return get_peft_model(model, CONFIGS[recipe.method](recipe.adapter))
+    except (ValueError, TypeError) as reason:
+        raise ModelError(f"adapter: {recipe.method} cannot be attached to {recipe.model!r}: {reason}") from reason
+
+
+def check_targets(model: nn.Module, targets: list[str] | str | None) -> None:
+    """Raise ModelError if explicit targets match no module, or one that is not a linear layer."""
+    if targets is None or targets == "all-linear":
+        return
+    modules = dict(model.named_modules())
+    matched = {name: module for name, module in modules.items() if name and _matches(name, targets)}
+    if not matched:
+        names = sorted({name.rsplit(".", 1)[-1] for name, module in modules.items() if _is_linear(module)})
+        raise ModelError(
+            f"adapter.targets: {targets!r} matches no module of the model; its linear layers are named "
+            f"{', '.join(names)}"
+        )
+    wrong = {name: type(module).__name__ for name, module in matched.items() if not _is_linear(module)}
+    if wrong:
+        listed = ", ".join(f"{name} ({kind})" for name, kind in list(wrong.items())[:5])
+        raise ModelError(
+            f"adapter.targets: {targets!r} matches {len(wrong)} module(s) that are not linear layers: {listed}; "
+            "only torch.nn.Linear and transformers' Conv1D can be adapted"
+        )
+
+
+def _matches(name: str, targets: list[str] | str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))

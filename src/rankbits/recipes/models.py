@@ -1,0 +1,83 @@
+"""Loading the pre-trained model and tokenizer that a recipe names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from rankbits.embedded import MINILM, locate
+from rankbits.errors import ModelError
+from rankbits.tasks import Task
+
+EMBEDDED = {"minilm": MINILM}
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def resolve(model: str) -> str:
+    """The folder or hub id behind a recipe's model name.
+
+    Raises:
+        AssetError: an embedded model is not installed, or is not the file it should be.
+        ModelError: a local folder has no configuration or no weights.
+    """
+    if model in EMBEDDED:
+        return str(locate(EMBEDDED[model]).parent)
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return model
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model: {model!r} is a folder without config.json, so it holds no transformers model")
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
+        raise ModelError(
+            f"model: the folder {model!r} holds no weights: expected one of {', '.join(WEIGHT_PATTERNS)} beside "
+            "config.json"
+        )
+    return str(folder)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a model. ModelError if there is none."""
+    return _loaded(AutoTokenizer.from_pretrained, model, "tokenizer")
+
+
+def load_classifier(model: str, task: Task) -> PreTrainedModel:
+    """The model with a fresh head for the task, in float32.
+
+    Args:
+        model: as a recipe names it.
+        task: decides the size of the head and the kind of loss.
+
+    Raises:
+        AssetError, ModelError: the model cannot be found or loaded.
+    """
+    config = _loaded(AutoConfig.from_pretrained, model, "configuration")
+    config.num_labels = task.num_labels
+    config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
+    if task.label_names:
+        config.id2label = dict(enumerate(task.label_names))
+        config.label2id = {name: number for number, name in config.id2label.items()}
+    # The head is fresh on purpose: transformers' table of missing head weights would alarm for nothing.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return _loaded(  # type: ignore[no-any-return]
+            AutoModelForSequenceClassification.from_pretrained, model, "weights", config=config, dtype=torch.float32
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _loaded(load: Any, model: str, what: str, **kwargs: Any) -> Any:
+    source = resolve(model)
+    try:
+        return load(source, **kwargs)
+    except (OSError, ValueError) as reason:
+        first_line = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
+        raise ModelError(
+            f"model: the {what} of {model!r} cannot be loaded: {first_line}. Expected {', '.join(EMBEDDED)}, the id of "
+            "a model on the hub, or a local folder with config.json, weights and tokenizer"
+        ) from reason

@@ -1,0 +1,53 @@
+"""Every shipped recipe is valid and says what the paper says."""
+
+import pytest
+
+from rankbits.recipes import shipped
+from rankbits.recipes.load import load
+
+GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
+# Bayesian-LoRA, table 3 (epochs) and table 4 (AdaLoRA's learning rates); alpha as in AdaLoRA's scripts.
+PAPER = {
+    "mnli": (7, 5e-4, 16),
+    "rte": (50, 1.2e-3, 32),
+    "qnli": (5, 1.2e-3, 32),
+    "mrpc": (30, 1e-3, 32),
+    "qqp": (5, 5e-4, 16),
+    "sst2": (24, 8e-4, 16),
+    "cola": (25, 5e-4, 32),
+    "stsb": (25, 2.2e-3, 32),
+}
+MODELS = {"minilm": "minilm", "deberta-v3-base": "microsoft/deberta-v3-base"}
+
+
+@pytest.mark.parametrize("name", shipped.names())
+@pytest.mark.parametrize("method", ["bayesian-lora", "lora"])
+def test_every_recipe_is_valid_with_both_methods(name: str, method: str):
+    recipe = load(name, [f"method={method}"])
+    assert recipe.name == name
+    assert recipe.description
+
+
+def test_the_library_holds_the_quickstart_and_glue_for_both_models():
+    assert set(shipped.names()) == {"quickstart", *(f"glue/{model}/{task}" for model in MODELS for task in GLUE)}
+
+
+@pytest.mark.parametrize("task", GLUE)
+@pytest.mark.parametrize("model", MODELS)
+def test_glue_recipes_have_the_paper_s_settings(model: str, task: str):
+    recipe = load(f"glue/{model}/{task}")
+    assert (recipe.model, recipe.task.name) == (MODELS[model], task)
+    assert (recipe.training.epochs, recipe.training.learning_rate, recipe.adapter.alpha) == PAPER[task]
+    assert (recipe.training.batch_size, recipe.adapter.r) == (32, 8)
+    assert "AdaLoRA's (table 4 of the same paper)" in recipe.description
+
+
+@pytest.mark.parametrize("base", shipped.bases())
+def test_every_base_is_extended(base: str):
+    recipes = [(shipped.FOLDER / f"{name}.yaml").read_text(encoding="utf-8") for name in shipped.names()]
+    assert any(f"extends: {base}\n" in recipe for recipe in recipes)
+
+
+def test_the_quickstart_needs_nothing_but_what_is_embedded():
+    recipe = load("quickstart")
+    assert (recipe.model, recipe.task.name, recipe.task.data) == ("minilm", "film-reviews", None)
