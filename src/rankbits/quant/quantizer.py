@@ -19,6 +19,20 @@ RANGE_FLOOR = 1e-8
 """A tensor that never exceeded this has no range yet and stays in calibration."""
 
 
+class _Identity(torch.autograd.Function):
+    """The input unchanged, with zero instead of no gradient for range and gates, as data-parallel training needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_range: Tensor, gates: Tensor) -> Tensor:
+        ctx.save_for_backward(log_range, gates)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        log_range, gates = ctx.saved_tensors
+        return grads[0], torch.zeros_like(log_range), torch.zeros_like(gates) if gates.is_floating_point() else None
+
+
 class Quantizer(Float32State):
     """A learned range, found by calibration first.
 
@@ -46,7 +60,7 @@ class Quantizer(Float32State):
         self.calibration_passes = calibration_passes
         self.signedness = signedness
         self.headroom = headroom
-        self.log_range = nn.Parameter(torch.zeros((), dtype=torch.float32))
+        self.log_range = nn.Parameter(torch.zeros(1, dtype=torch.float32))
         self.register_buffer("maximum", torch.zeros((), dtype=torch.float32))
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
@@ -80,7 +94,7 @@ class Quantizer(Float32State):
     @property
     def range_(self) -> Tensor:
         """The positive range, a float32 scalar in the units of the tensor, differentiable in `log_range`."""
-        return self.log_range.exp()
+        return self.log_range.exp().squeeze(0)
 
     @torch.no_grad()
     def record(self, x: Tensor) -> None:
@@ -159,7 +173,8 @@ class Quantizer(Float32State):
             Tensor of the shape and dtype of `x`.
         """
         if self._passes_through(x):
-            return x
+            result: Tensor = _Identity.apply(x, self.log_range, gates)  # type: ignore[no-untyped-call]
+            return result
         if hard:
             return self.rounded(x, gates)
         return kernels.quantize(x, self.range_, gates, signed=self.is_signed)

@@ -148,7 +148,7 @@ class BayesianLoraLinear(AdapterLinear):
         if config.learns:
             self.bayesian_lora_gates[adapter_name] = LayerGates(
                 len(sites),
-                rank if config.learn_rank else None,
+                rank if config.learn_rank and rank > 1 else None,
                 RankGate(config.rank_gate),
                 initial_bit_logit=config.initial_bit_logit,
                 initial_rank_logit=config.initial_rank_logit,

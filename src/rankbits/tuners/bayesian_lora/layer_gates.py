@@ -33,7 +33,7 @@ class LayerGates(Float32State):
 
     Args:
         sites: number of quantizers; 0 if bits are not learned.
-        rank: maximum rank, or None if the rank is not learned.
+        rank: maximum rank of at least 2, or None if the rank is not learned.
         rank_gate: how rank gates get their values.
         initial_bit_logit: start of all width gates.
         initial_rank_logit: start of all rank gates.
@@ -70,7 +70,7 @@ class LayerGates(Float32State):
         else:
             noise = hard_concrete.draw_noise(tuple(logits.shape), device=logits.device)
             gates = chain.cumulative(hard_concrete.sample(logits, noise))
-        return torch.cat([torch.ones_like(gates[:1]) if gates.numel() else logits.new_ones(1), gates])
+        return torch.cat([torch.ones_like(gates[:1]), gates])
 
     def width_probabilities(self) -> Tensor | None:
         """[sites, 4] probability that each quantizer uses at least 4, 8, 16 and 32 bits; None without quantizers."""

@@ -54,8 +54,9 @@ class BayesianLoraModel(LinearTuner):
 
 def was_scheduled(model: nn.Module, adapter_name: str) -> bool:
     """Whether the gate schedule of an adapter was ever stepped, in this process or before it was loaded."""
-    return any(
-        adapter_name in layer.bayesian_lora_steps and int(layer.bayesian_lora_steps[adapter_name]) > 0
+    counters = [
+        layer.bayesian_lora_steps[adapter_name]
         for _, layer in adapted_layers(model)
-        if not layer.bayesian_lora_steps[adapter_name].is_meta
-    )
+        if adapter_name in layer.bayesian_lora_steps
+    ]
+    return any(not steps.is_meta and int(steps) > 0 for steps in counters)
