@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
+QUANTIZED := $(VENV)/.quantized
 
 PEFT_CACHE := .cache/peft-tests
 PEFT_UNPACKED := $(PEFT_CACHE)/.unpacked
@@ -46,7 +47,7 @@ types: $(INSTALLED)  ## Check the types
 contracts: $(INSTALLED)  ## Check which room imports which
 	$(BIN)/lint-imports --no-cache --no-logo
 
-conformance: $(INSTALLED) $(PEFT_UNPACKED)  ## Run PEFT's own tests over our tuners
+conformance: $(QUANTIZED) $(PEFT_UNPACKED)  ## Run PEFT's own tests over our tuners
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/conformance $(PYTEST_ARGS)
 
 format: $(INSTALLED)  ## Rewrite the sources in the house style
@@ -74,7 +75,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard requirements/*.txt)
 		"$$found" -m venv --clear $(VENV); \
 	fi; \
 	touch $(UNFINISHED); \
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,report,quickstart,quantized]'; \
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,report,quickstart]'; \
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements/embedded.txt; \
 	rm -f $(UNFINISHED); \
 	touch $(INSTALLED)
@@ -87,3 +88,8 @@ $(PEFT_UNPACKED): requirements/peft-sdist.txt $(INSTALLED)
 		--require-hashes -r $< -d $(PEFT_CACHE)
 	tar --no-same-owner -xzf $(PEFT_CACHE)/peft-*.tar.gz -C $(PEFT_CACHE)
 	touch $@
+
+# Only PEFT's tests of quantized base layers need these packages, which print as soon as they are imported.
+$(QUANTIZED): $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[quantized]'
+	touch $(QUANTIZED)

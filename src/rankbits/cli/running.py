@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ def run_recipe(recipe: Recipe, command: str) -> RunRecord:
     from rankbits.recipes.run import run
 
     _silence_other_bars()
+    _quiet_libraries()
     try:
         with progress(Console(stderr=True)) as bar, stop_on_interrupt() as stop:
             return run(recipe, command=command, callbacks=[bar, stop], announce=bar.say)
@@ -47,6 +49,16 @@ def _silence_other_bars() -> None:
 
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
+
+
+def _quiet_libraries() -> None:
+    """Silence what libraries print about themselves: their bars, and warnings meant for their own developers."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 def print_runs(records: Sequence[RunRecord]) -> None:

@@ -63,7 +63,7 @@ class _RoundToGrid(torch.autograd.Function):
         values, g = x.to(beta.dtype), grads[0].to(beta.dtype)
         inside = (values >= (-beta if ctx.signed else 0.0)) & (values <= beta)
         homogeneity = result - torch.where(inside, values, 0.0)
-        grad_beta = (g * homogeneity / hold_step(beta)).sum_to_size(beta.shape)
+        grad_beta = (g * (homogeneity / hold_step(beta))).sum_to_size(beta.shape)
         return torch.where(inside, g, 0.0).to(x.dtype), grad_beta, None, None
 
 

@@ -89,7 +89,7 @@ def quantize_backward(
     parts = _residuals(_clip(x, beta, signed), beta, signed)
     homogeneity = _gated_sum(parts, links) - torch.where(inside, values, 0.0)
     grad_x = torch.where(inside, g, 0.0).to(x.dtype)
-    grad_beta = (g * homogeneity).sum(dim=1, keepdim=True) / hold_step(beta)
+    grad_beta = (g * (homogeneity / hold_step(beta))).sum(dim=1, keepdim=True)
     return grad_x, grad_beta, torch.stack([(g * part).sum() for part in parts[1:]])
 
 
@@ -112,7 +112,7 @@ class Fused:
             self.compiled = None
             warnings.warn(
                 f"rankbits: {self.eager.__name__} runs without fusion, about ten times slower, because torch.compile "
-                f"failed: {type(reason).__name__}: {str(reason).strip().splitlines()[0] if str(reason) else ''}. "
+                f"failed: {type(reason).__name__}: {' '.join(str(reason).split(chr(10) * 2)[0].split())}. "
                 f"A C++ compiler on the path mends most cases; {COMPILE_SWITCH}=0 chooses eager code silently.",
                 RankbitsWarning,
                 stacklevel=2,
@@ -137,12 +137,12 @@ class _Rows:
 
     def of(self, values: Tensor) -> Tensor:
         """Values of the shape of x as [n, k]."""
-        return values.detach().reshape(math.prod(self.leading), math.prod(self.trailing)).contiguous()
+        return values.reshape(math.prod(self.leading), math.prod(self.trailing)).contiguous().detach()
 
     def of_range(self, beta: Tensor) -> Tensor:
         """The ranges as [n, 1]."""
         ranges = beta.detach().reshape(self.aligned[: len(self.leading)])
-        return ranges.expand(self.leading).reshape(-1, 1)
+        return ranges.expand(self.leading).reshape(-1, 1).detach()
 
     def range_gradient(self, grad: Tensor, beta: Tensor) -> Tensor:
         """[n, 1] gradients summed to the shape of the range."""

@@ -39,7 +39,8 @@ class Quantizer(Float32State):
     For the first `calibration_passes` training passes the module is the identity and records the largest magnitude;
     from then on the range is `exp(log_range)`, positive by construction and trained with the rest (method of van
     Baalen et al. 2020, with a running maximum instead of the first batch). While nothing but zeros was seen it keeps
-    recording. Evaluated before calibration it is the identity, and says so once.
+    recording. Evaluated before calibration it is the identity, and says so once. Under activation checkpointing, run
+    one backward pass for each forward pass while calibrating: two would be recomputed in the mode of the second.
 
     Args:
         calibration_passes: number of training passes to record, >= 0. Recomputed passes do not count.
@@ -108,11 +109,13 @@ class Quantizer(Float32State):
             largest = torch.where(torch.isfinite(magnitudes), magnitudes, 0.0).amax()
             warnings.warn("a quantizer saw NaN or infinite values while calibrating", RankbitsWarning, stacklevel=2)
         torch.maximum(self.maximum, largest, out=self.maximum)
-        self.seen_negative |= (x < 0).any()
+        self.seen_negative |= ((x < 0) & torch.isfinite(x)).any()
 
     @torch.no_grad()
     def finish_calibration(self) -> bool:
         """End calibration now, with what was recorded; false, and still calibrating, if only zeros were seen."""
+        if self.maximum.is_meta:
+            return False
         if self.is_calibrated:
             return True
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -120,7 +123,7 @@ class Quantizer(Float32State):
             torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
             self.maximum.copy_(seen[0])
             self.seen_negative.copy_(seen[1] > 0)
-        if self.maximum.is_meta or float(self.maximum) <= RANGE_FLOOR:
+        if float(self.maximum) <= RANGE_FLOOR:
             return False
         self.log_range.copy_(self.maximum.log() + math.log(self.headroom))
         self.calibrated.fill_(True)

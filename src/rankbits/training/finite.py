@@ -54,7 +54,9 @@ def first_non_finite_module(model: nn.Module, args: tuple[Any, ...], kwargs: dic
 
 def first_non_finite_gradient(model: nn.Module) -> str | None:
     """Name of the first parameter whose gradient holds NaN or infinity, or None."""
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-            return name
-    return None
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    # One look at all norms together: asking for each gradient would wait for the device each time.
+    norms = [norm.to("cpu", non_blocking=True) for norm in torch._foreach_norm(list(gradients.values()))]
+    if not norms or bool(torch.isfinite(torch.stack(norms)).all()):
+        return None
+    return next((name for name, gradient in gradients.items() if not _is_finite(gradient)), None)

@@ -1,0 +1,45 @@
+"""What every tuner of linear layers shares: dtypes in and out, what is left when adapters go."""
+
+import pytest
+import torch
+from torch import nn
+
+from rankbits.tuners.bayesian_lora import adapted_layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("settings", [{}, {"learn_bits": False}])
+def test_the_output_has_the_dtype_of_the_input(mlp, rows, adapt, dtype, settings) -> None:
+    model = adapt(mlp.to(dtype), target_modules=["0", "2"], **settings).train()
+    for _ in range(3):
+        assert model(rows.to(dtype)).dtype == dtype
+    assert bool(torch.isfinite(model(rows.to(dtype))).all())
+
+
+def test_unload_restores_the_base_model(mlp, rows, adapt, learn) -> None:
+    expected, base = mlp(rows), [mlp[0], mlp[2]]
+    model = adapt(mlp, target_modules=["0", "2"])
+    learn(model, rows)
+    plain = model.unload()
+    assert [plain[0], plain[2]] == base
+    assert torch.equal(plain(rows), expected)
+
+
+def test_shapes_of_conv1d_are_read_the_right_way_round(adapt) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    model = adapt(nn.Sequential(Conv1D(6, 4)), r=2, target_modules=["0"])
+    ((_, layer),) = adapted_layers(model)
+    assert (layer.in_features, layer.out_features) == (4, 6)
+    assert layer.bayesian_lora_down["default"].shape == (2, 4)
+    assert layer.bayesian_lora_up["default"].shape == (6, 2)
+    assert model(torch.randn(3, 4)).shape == (3, 6)
+
+
+def test_a_new_adapter_that_is_not_active_is_frozen(mlp, adapt) -> None:
+    model = adapt(mlp, target_modules=["0"])
+    config = type(model.peft_config["default"])(r=2, target_modules=["2"])
+    model.add_adapter("other", config)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert not [name for name in trained if "other" in name]
