@@ -88,6 +88,11 @@ class Quantizer(Float32State):
         return self._host_state()[0]
 
     @property
+    def has_seen_values(self) -> bool:
+        """Whether there is a range, or a recorded maximum to make one of."""
+        return self.is_calibrated or (not self.maximum.is_meta and float(self.maximum) > RANGE_FLOOR)
+
+    @property
     def is_signed(self) -> bool:
         """Whether the grid covers both sides of zero; meaningful once calibrated."""
         return self._host_state()[1]

@@ -244,7 +244,9 @@ def _score(trainer: Trainer, task: Task, data: TaskData, recipe: Recipe) -> list
     scores = []
     for index, (split, rows) in enumerate(data.evaluation.items()):
         encoded = _tokenized(rows, task, trainer.processing_class, recipe.task.max_length)
-        output: Any = trainer.predict(encoded)
+        # A batch is padded to its longest row: rows of like length together take half the time, in any order.
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        output: Any = trainer.predict(encoded.select(sorted(range(len(lengths)), key=lengths.__getitem__)))
         for metric, value in task.score(output.predictions, output.label_ids).items():
             primary = index == 0 and metric == task.primary_metric
             scores.append(ScoreRecord(metric=metric, value=value, split=split, primary=primary))

@@ -10,7 +10,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rankbits.errors import NonFiniteError, RankbitsWarning, ScheduleError
 from rankbits.gates.hard_concrete import OPEN_LOGIT
-from rankbits.training.finite import first_non_finite_gradient, first_non_finite_module
+from rankbits.training.finite import (
+    first_non_finite_gradient,
+    first_non_finite_gradient_again,
+    first_non_finite_module,
+)
 from rankbits.training.objective import add_regularization_gradient
 from rankbits.training.schedule import GateSchedule
 from rankbits.tuners.bayesian_lora import learning_adapters, summarize
@@ -133,7 +137,7 @@ def _warn_if_gates_cannot_close(schedule: GateSchedule, optimizer: Any) -> None:
         reach = 3.0 * float(group.get("initial_lr", group["lr"])) * schedule.penalised_steps
         if reach < distance or group.get("weight_decay"):
             warnings.warn(
-                f"the gates share an optimizer group with learning rate {group['lr']:.2g} and weight decay "
+                f"the gates are in an optimizer group with learning rate {group['lr']:.2g} and weight decay "
                 f"{group.get('weight_decay', 0.0):.2g}: in {schedule.penalised_steps} penalised steps they move by at "
                 f"most {reach:.2g} of the {distance:.2g} they are from closing, so ranks and bits will hardly change. "
                 "Give the Trainer optimizers=rankbits.optimizer_and_scheduler(schedule, learning_rate=...)",
@@ -153,10 +157,13 @@ class FiniteLossCallback(TrainerCallback):
     def __init__(self, model: nn.Module) -> None:
         self.completed_steps = 0
         self._checking = False
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         model.register_forward_hook(self._check_loss, with_kwargs=True)
 
     def _check_loss(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         loss = getattr(output, "loss", None)
+        if model.training:
+            self._inputs = args, kwargs
         if self._checking or not model.training or not isinstance(loss, Tensor) or bool(loss.isfinite().all()):
             return
         self._checking = True
@@ -184,8 +191,11 @@ class FiniteLossCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Raise before the optimizer can put a bad gradient into the weights."""
-        name = first_non_finite_gradient(kwargs["model"])
+        model = kwargs["model"]
+        name = first_non_finite_gradient(model)
         if name is not None:
+            if self._inputs is not None:
+                name = first_non_finite_gradient_again(model, *self._inputs) or name
             raise NonFiniteError(
                 f"the gradient of {name!r} became NaN or infinite at step {self.completed_steps + 1}, with a finite "
                 "loss. The last checkpoint is untouched. A lower learning rate is the usual cure"

@@ -69,12 +69,15 @@ def _check(
     for name, layer in layers:
         if adapter_name in layer.merged_adapters:
             raise HardenError(f"adapter {adapter_name!r} is merged into {name!r}: unmerge it before hardening")
-        unseen = [site.value for site in layer.finish_calibration(adapter_name)]
+        quantizers = layer.quantizers_of(adapter_name).items()
+        unseen = [site for site, q in quantizers if isinstance(q, Quantizer) and not q.has_seen_values]
         if unseen:
             raise HardenError(
                 f"the quantizers {unseen} of {name!r} have no range: they saw no training pass with values other than "
                 "zero"
             )
+    for _, layer in layers:
+        layer.finish_calibration(adapter_name)
 
 
 def _tuner_prefix(model: nn.Module) -> str:

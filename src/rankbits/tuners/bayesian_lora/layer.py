@@ -311,10 +311,11 @@ class BayesianLoraLinear(AdapterLinear):
         if gates is not None and adapter_name in self.active_adapters and not self.disable_adapters:
             gates.requires_grad_(not phase.fixed)
 
-    def finish_calibration(self, adapter_name: str) -> list[Site]:
-        """End calibration of all quantizers of an adapter; returns those that have seen nothing but zeros."""
-        quantizers = self.quantizers_of(adapter_name).items()
-        return [Site(s) for s, q in quantizers if isinstance(q, Quantizer) and not q.finish_calibration()]
+    def finish_calibration(self, adapter_name: str) -> None:
+        """End calibration of all quantizers of an adapter that have seen anything but zeros."""
+        for quantizer in self.quantizers_of(adapter_name).values():
+            if isinstance(quantizer, Quantizer):
+                quantizer.finish_calibration()
 
     def cover_weights(self, adapter_name: str) -> None:
         """Widen the ranges of A, E and B to their weights, while these still grow from their start."""
