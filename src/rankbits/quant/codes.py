@@ -49,22 +49,26 @@ class _RoundToGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, beta: Tensor, bits: Tensor | int, signed: bool) -> Tensor:
-        step = step_at(beta, bits, signed=signed)
-        clipped = torch.clamp(x.to(beta.dtype), -beta if signed else torch.zeros_like(beta), beta)
-        rounded = step * codes(x, step, bits, signed=signed)
-        result = torch.where(torch.as_tensor(bits, device=x.device) >= UNROUNDED_WIDTH, clipped, rounded)
-        ctx.save_for_backward(x, beta, result)
-        ctx.signed = signed
-        return result.to(x.dtype)
+        ctx.save_for_backward(x, beta)
+        ctx.bits, ctx.signed = bits, signed
+        return _on_grid(x, beta, bits, signed).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, beta, result = ctx.saved_tensors
+        x, beta = ctx.saved_tensors
         values, g = x.to(beta.dtype), grads[0].to(beta.dtype)
         inside = (values >= (-beta if ctx.signed else 0.0)) & (values <= beta)
-        homogeneity = result - torch.where(inside, values, 0.0)
+        homogeneity = _on_grid(x, beta, ctx.bits, ctx.signed) - torch.where(inside, values, 0.0)
         grad_beta = (g * (homogeneity / hold_step(beta))).sum_to_size(beta.shape)
         return torch.where(inside, g, 0.0).to(x.dtype), grad_beta, None, None
+
+
+def _on_grid(x: Tensor, beta: Tensor, bits: Tensor | int, signed: bool) -> Tensor:
+    """Step times code, or the clipped value at 32 bits; of the shape of x, in the computing dtype."""
+    step = step_at(beta, bits, signed=signed)
+    rounded = step * codes(x, step, bits, signed=signed)
+    clipped = torch.clamp(x.to(beta.dtype), -beta if signed else torch.zeros_like(beta), beta)
+    return torch.where(torch.as_tensor(bits, device=x.device) >= UNROUNDED_WIDTH, clipped, rounded)
 
 
 def round_to_grid(x: Tensor, range_: Tensor, bits: Tensor | int, *, signed: bool = True) -> Tensor:

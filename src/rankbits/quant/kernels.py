@@ -156,8 +156,10 @@ class _Quantize(torch.autograd.Function):
         ctx.save_for_backward(x, beta, links)
         ctx.signed = signed
         rows = _Rows(x, beta)
+        # Not a view, which PyTorch would not let a following layer change in place.
         result: Tensor = _forward(rows.of(x), rows.of_range(beta), links.detach(), signed)
-        return result.reshape(x.shape)
+        shaped: Tensor = torch.ops.aten._unsafe_view(result, x.shape)
+        return shaped
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:

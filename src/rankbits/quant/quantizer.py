@@ -25,7 +25,7 @@ class _Identity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_range: Tensor, gates: Tensor) -> Tensor:
         ctx.save_for_backward(log_range, gates)
-        return x.view_as(x)
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -113,8 +113,9 @@ class Quantizer(Float32State):
         if not bool(torch.isfinite(largest)):
             largest = torch.where(torch.isfinite(magnitudes), magnitudes, 0.0).amax()
             warnings.warn("a quantizer saw NaN or infinite values while calibrating", RankbitsWarning, stacklevel=2)
-        torch.maximum(self.maximum, largest, out=self.maximum)
-        self.seen_negative |= ((x < 0) & torch.isfinite(x)).any()
+        # The weight that is recorded at construction may be on a device that this module has yet to be moved to.
+        torch.maximum(self.maximum, largest.to(self.maximum.device), out=self.maximum)
+        self.seen_negative |= ((x < 0) & torch.isfinite(x)).any().to(self.seen_negative.device)
 
     @torch.no_grad()
     def finish_calibration(self) -> bool:

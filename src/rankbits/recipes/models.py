@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -64,18 +66,35 @@ def load_classifier(model: str, task: Task) -> PreTrainedModel:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return _loaded(  # type: ignore[no-any-return]
-            AutoModelForSequenceClassification.from_pretrained, model, "weights", config=config, dtype=torch.float32
+        loaded, found = _loaded(
+            AutoModelForSequenceClassification.from_pretrained,
+            model,
+            "weights",
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     finally:
         logging.set_verbosity(verbosity)
+    _refuse_missing(loaded, model, found["missing_keys"])
+    return cast(PreTrainedModel, loaded)
+
+
+def _refuse_missing(loaded: PreTrainedModel, model: str, missing: Iterable[str]) -> None:
+    """Raise ModelError if weights of the body, and not just of a head, would be random."""
+    body = [k for k in sorted(missing) if k.startswith(f"{loaded.base_model_prefix}.") and "pooler" not in k]
+    if body:
+        raise ModelError(
+            f"model: the weights of {model!r} are of another model: {len(body)} of the tensors its configuration asks "
+            f"for are missing, such as {body[0]!r}"
+        )
 
 
 def _loaded(load: Any, model: str, what: str, **kwargs: Any) -> Any:
     source = resolve(model)
     try:
         return load(source, **kwargs)
-    except (OSError, ValueError) as reason:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as reason:
         first_line = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
         raise ModelError(
             f"model: the {what} of {model!r} cannot be loaded: {first_line}. Expected {', '.join(EMBEDDED)}, the id of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -10,17 +11,20 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     DataCollatorWithPadding,
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
 
 from rankbits import tasks
-from rankbits.errors import RunFolderError
+from rankbits.errors import ModelError, RecipeError, RunFolderError
 from rankbits.recipes import facts, methods, models
 from rankbits.recipes.run_folder import ADAPTER_FOLDER, RECIPE_FILE, RECORD_FILE, RunFolder, read_recipe, work_of
 from rankbits.recipes.schema import Recipe
@@ -65,19 +69,21 @@ def run(
         RankbitsError: anything the user can mend; a new folder is left without half-written files.
     """
     folder = RunFolder(Path(recipe.output or f"runs/{recipe.name}"), recipe)
+    finished = folder.inspect()
+    if finished is not None:
+        announce(f"finished before: {folder.path}")
+        return finished
     task = tasks.get(recipe.task.name)
     announce(f"data: {task.name}")
     data = _load_data(recipe, task)
     announce(f"model: {recipe.model}")
     set_seed(recipe.training.seed)
     tokenizer = models.load_tokenizer(recipe.model)
-    model = methods.attach(recipe, models.load_classifier(recipe.model, task))
-
-    finished = folder.open()
-    if finished is not None:
-        announce(f"finished before: {folder.path}")
-        return finished
+    base = models.load_classifier(recipe.model, task)
+    _check_length(recipe, base)
+    model = methods.attach(recipe, base)
     trainer = _trainer(recipe, task, data, model, tokenizer, folder)
+    folder.claim()
     for callback in callbacks:
         trainer.add_callback(callback)
     parameters = facts.parameters(model)
@@ -112,6 +118,15 @@ def run(
     return record
 
 
+def _check_length(recipe: Recipe, base: PreTrainedModel) -> None:
+    positions = getattr(base.config, "max_position_embeddings", None)
+    if positions is not None and 0 < positions < recipe.task.max_length:
+        raise ModelError(
+            f"task.max_length: given {recipe.task.max_length}, but {recipe.model!r} has {positions} positions, so at "
+            f"most {positions}"
+        )
+
+
 def _load_data(recipe: Recipe, task: Task) -> TaskData:
     return tasks.load(
         task,
@@ -125,21 +140,24 @@ def _load_data(recipe: Recipe, task: Task) -> TaskData:
 def _trainer(
     recipe: Recipe, task: Task, data: TaskData, model: PeftModel, tokenizer: Any, folder: RunFolder
 ) -> Trainer:
-    arguments = _arguments(recipe, folder)
+    arguments = _arguments(recipe, str(folder.checkpoints), recipe.training.report_to or "none")
     train = _tokenized(data.train, task, tokenizer, recipe.task.max_length)
     trainer_arguments: dict[str, Any] = {}
     if next(learning_adapters(model), None) is not None:
         schedule = _schedule(recipe, model, _total_steps(arguments, len(train)))
         trainer_arguments["optimizers"] = _optimizers(recipe, schedule)
         trainer_arguments["callbacks"] = [RankbitsCallback(schedule)]
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        **trainer_arguments,
-    )
+    try:
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+            **trainer_arguments,
+        )
+    except (ValueError, RuntimeError, ImportError) as reason:
+        raise RecipeError(f"training: the Trainer refuses these settings: {reason}") from reason
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(FiniteLossCallback(model))
     # Trackers hear of a log in the order of callbacks: ours adds bits and ranks before they do.
@@ -147,33 +165,39 @@ def _trainer(
     return trainer
 
 
-def _arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
+def _arguments(recipe: Recipe, output_folder: str, report_to: list[str] | str) -> TrainingArguments:
+    """The Trainer's settings. RecipeError if this machine or installation cannot honour them."""
+    try:
+        return TrainingArguments(**_settings(recipe), output_dir=output_folder, report_to=report_to)
+    except (ValueError, RuntimeError, ImportError) as reason:
+        raise RecipeError(f"training: the Trainer refuses these settings: {reason}") from reason
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
     training = recipe.training
-    return TrainingArguments(
-        output_dir=str(folder.checkpoints),
-        num_train_epochs=training.epochs or 1.0,
-        max_steps=training.max_steps or -1,
-        per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=4 * training.batch_size,
-        gradient_accumulation_steps=training.accumulation,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=training.scheduler,
-        warmup_steps=training.warmup_ratio,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        seed=training.seed,
-        data_seed=training.seed,
-        save_steps=training.save_steps,
-        save_total_limit=2,
-        logging_steps=training.logging_steps,
-        bf16=training.precision == "bf16",
-        activation_checkpointing=training.gradient_checkpointing,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=training.report_to or "none",
-        run_name=recipe.name,
-        disable_tqdm=True,
-        eval_strategy="no",
-    )
+    return {
+        "num_train_epochs": training.epochs or 1.0,
+        "max_steps": training.max_steps or -1,
+        "per_device_train_batch_size": training.batch_size,
+        "per_device_eval_batch_size": 4 * training.batch_size,
+        "gradient_accumulation_steps": training.accumulation,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.scheduler,
+        "warmup_steps": training.warmup_ratio,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "seed": training.seed,
+        "data_seed": training.seed,
+        "save_steps": training.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": training.logging_steps,
+        "bf16": training.precision == "bf16",
+        "activation_checkpointing": training.gradient_checkpointing,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "run_name": recipe.name,
+        "disable_tqdm": True,
+        "eval_strategy": "no",
+    }
 
 
 def _total_steps(arguments: TrainingArguments, rows: int) -> int:
@@ -229,15 +253,28 @@ def _train(trainer: Trainer, folder: RunFolder, announce: Callable[[str], object
     checkpoint = folder.last_checkpoint()
     announce(f"train: resuming from {checkpoint.name}" if checkpoint else "train")
     started = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _continue(trainer, checkpoint)
+    # Of a resumed run the Trainer's own mean leaves out the losses before the checkpoint; the log has them all.
+    losses = [entry["loss"] for entry in _history(trainer)]
     return TrainingRecord(
         steps=trainer.state.global_step,
         epochs=float(trainer.state.epoch or 0.0),
         seconds=time.monotonic() - started,
-        train_loss=float(result.training_loss),
+        train_loss=sum(losses) / len(losses) if losses else 0.0,
         peak_memory_bytes=facts.peak_memory_bytes(),
         resumed=checkpoint is not None,
     )
+
+
+def _continue(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train from a checkpoint, or from the start; a checkpoint of the last step only has to be loaded."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+    if state is None or state.global_step < state.max_steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return
+    trainer.state = state
+    model: Any = trainer.model
+    model.load_adapter(str(checkpoint), "default", is_trainable=True)
 
 
 def _score(trainer: Trainer, task: Task, data: TaskData, recipe: Recipe) -> list[ScoreRecord]:
@@ -307,12 +344,19 @@ def evaluate(run_folder: Path, *, task: str | None = None, data: str | None = No
     recipe = recipe.model_copy(update={"task": section})
     rows = _load_data(recipe, wanted)
     base = models.load_classifier(recipe.model, own)
-    model = PeftModel.from_pretrained(base, str(run_folder / ADAPTER_FOLDER))
+    try:
+        model = PeftModel.from_pretrained(base, str(run_folder / ADAPTER_FOLDER))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as reason:
+        raise RunFolderError(
+            f"{run_folder / ADAPTER_FOLDER} cannot be loaded onto {recipe.model!r}: {reason}"
+        ) from reason
     tokenizer = models.load_tokenizer(recipe.model)
-    trainer = Trainer(
-        model=model,
-        args=_arguments(recipe, RunFolder(run_folder, recipe)),
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-    )
-    return _score(trainer, wanted, rows, recipe)
+    # The Trainer makes a folder for checkpoints, which has no business in a finished run.
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=_arguments(recipe, folder, "none"),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+        )
+        return _score(trainer, wanted, rows, recipe)

@@ -47,14 +47,14 @@ class RunFolder:
         """The Trainer's checkpoints."""
         return self.path / CHECKPOINT_FOLDER
 
-    def open(self) -> RunRecord | None:
-        """Claim the folder for the recipe, or find what was done in it.
+    def inspect(self) -> RunRecord | None:
+        """Find what was done in the folder, without touching it.
 
         Returns:
             The record if this recipe has finished here, else None: the run is new, or to be resumed.
 
         Raises:
-            RunFolderError: the folder holds the run of another recipe, or other files; nothing is written.
+            RunFolderError: the folder holds the run of another recipe, or other files.
         """
         kept = self.path / RECIPE_FILE
         if kept.is_file():
@@ -65,13 +65,22 @@ class RunFolder:
             raise RunFolderError(
                 f"output: {self.path} exists and holds no rankbits run; choose an empty or new folder with output=..."
             )
+        return None
+
+    def claim(self) -> None:
+        """Make the folder this recipe's, once everything else is known to be in order.
+
+        Raises:
+            RunFolderError: it cannot be written.
+        """
+        if (self.path / RECIPE_FILE).is_file():
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as reason:
             raise RunFolderError(f"output: {self.path} cannot be created ({reason.strerror or reason})") from reason
         text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_atomically(kept, text)
-        return None
+        write_atomically(self.path / RECIPE_FILE, text)
 
     def _check_same(self, kept: Recipe) -> None:
         mine, theirs = work_of(self.recipe), work_of(kept)

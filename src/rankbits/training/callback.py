@@ -105,7 +105,8 @@ class RankbitsCallback(TrainerCallback):
 
 def gate_means(model: nn.Module) -> dict[str, float]:
     """Mean bit width over all quantizers and mean rank over all layers, with the gates of inference."""
-    summaries = summarize(model)
+    names = {name for _, name, _ in learning_adapters(model)}
+    summaries = [summary for name in sorted(names) for summary in summarize(model, name)]
     bits = [width for summary in summaries for width in summary.bits.values()]
     means = {"rank_mean": sum(s.rank for s in summaries) / len(summaries)} if summaries else {}
     if bits:
@@ -194,9 +195,8 @@ class FiniteLossCallback(TrainerCallback):
         model = kwargs["model"]
         name = first_non_finite_gradient(model)
         if name is not None:
-            if self._inputs is not None:
-                name = first_non_finite_gradient_again(model, *self._inputs) or name
+            again = first_non_finite_gradient_again(model, *self._inputs) if self._inputs is not None else None
             raise NonFiniteError(
-                f"the gradient of {name!r} became NaN or infinite at step {self.completed_steps + 1}, with a finite "
-                "loss. The last checkpoint is untouched. A lower learning rate is the usual cure"
+                f"the gradient of {again or name!r} became NaN or infinite at step {self.completed_steps + 1}, with a "
+                "finite loss. The last checkpoint is untouched. A lower learning rate is the usual cure"
             )

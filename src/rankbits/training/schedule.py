@@ -84,7 +84,7 @@ class GateSchedule:
         self.lambda_q, self.lambda_r = lambda_q / max(bits, 1), lambda_r / max(ranks, 1)
         self.largest_macs = None
         if PenaltyWeighting(weighting) is PenaltyWeighting.BOP:
-            self.largest_macs = max((m for layer, name, _ in adapters for m in layer.macs_per_row(name)), default=1)
+            self.largest_macs = max([1, *(m for layer, name, _ in adapters for m in layer.macs_per_row(name))])
         self._enter()
 
     @property

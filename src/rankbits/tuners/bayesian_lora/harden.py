@@ -11,7 +11,8 @@ from torch import nn
 from rankbits.errors import HardenError
 from rankbits.quant.quantizer import FixedQuantizer, Quantizer
 from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig, Site
-from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear, adapted_layers
+from rankbits.tuners.bayesian_lora.find import adapted_layers
+from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear
 from rankbits.tuners.bayesian_lora.model import was_scheduled
 from rankbits.tuners.bayesian_lora.summary import LayerSummary, summarize
 
@@ -69,12 +70,11 @@ def _check(
     for name, layer in layers:
         if adapter_name in layer.merged_adapters:
             raise HardenError(f"adapter {adapter_name!r} is merged into {name!r}: unmerge it before hardening")
-        quantizers = layer.quantizers_of(adapter_name).items()
-        unseen = [site for site, q in quantizers if isinstance(q, Quantizer) and not q.has_seen_values]
+        unseen = layer.sites_without_values(adapter_name)
         if unseen:
             raise HardenError(
                 f"the quantizers {unseen} of {name!r} have no range: they saw no training pass with values other than "
-                "zero"
+                "zero. Train for more steps, or leave the layer out with exclude_modules"
             )
     for _, layer in layers:
         layer.finish_calibration(adapter_name)

@@ -301,7 +301,8 @@ class BayesianLoraLinear(AdapterLinear):
     def set_phase(self, adapter_name: str, phase: GatePhase, completed_steps: int) -> None:
         """Enter a phase of the schedule; a fixed phase freezes the gates, whatever later activates the adapter."""
         self.phase[adapter_name] = phase
-        self.unscheduled_passes[adapter_name] = -1
+        if completed_steps > 0:
+            self.unscheduled_passes[adapter_name] = -1
         self.bayesian_lora_steps[adapter_name].fill_(completed_steps)
         gates = self.gates_of(adapter_name)
         if phase.fixed:
@@ -311,14 +312,28 @@ class BayesianLoraLinear(AdapterLinear):
         if gates is not None and adapter_name in self.active_adapters and not self.disable_adapters:
             gates.requires_grad_(not phase.fixed)
 
+    def sites_without_values(self, adapter_name: str) -> list[str]:
+        """Quantizers with nothing to make a range of: no value recorded, and no weight other than zero."""
+        visible = {id(q) for q, weight in self._weight_quantizers(adapter_name) if bool(weight.any())}
+        quantizers = self.quantizers_of(adapter_name).items()
+        unseen = [(s, q) for s, q in quantizers if isinstance(q, Quantizer) and not q.has_seen_values]
+        return [site for site, quantizer in unseen if id(quantizer) not in visible]
+
     def finish_calibration(self, adapter_name: str) -> None:
         """End calibration of all quantizers of an adapter that have seen anything but zeros."""
+        for weight_quantizer, weight in self._weight_quantizers(adapter_name):
+            if not weight_quantizer.has_seen_values:
+                weight_quantizer.record(weight)
         for quantizer in self.quantizers_of(adapter_name).values():
             if isinstance(quantizer, Quantizer):
                 quantizer.finish_calibration()
 
     def cover_weights(self, adapter_name: str) -> None:
         """Widen the ranges of A, E and B to their weights, while these still grow from their start."""
+        for quantizer, weight in self._weight_quantizers(adapter_name):
+            quantizer.cover(weight)
+
+    def _weight_quantizers(self, adapter_name: str) -> Iterator[tuple[Quantizer, Tensor]]:
         for site, weights in (
             (Site.DOWN, self.bayesian_lora_down),
             (Site.DIAGONAL, self.bayesian_lora_diagonal),
@@ -326,7 +341,7 @@ class BayesianLoraLinear(AdapterLinear):
         ):
             quantizer = self.quantizers_of(adapter_name).get(site.value)
             if isinstance(quantizer, Quantizer):
-                quantizer.cover(weights[adapter_name])
+                yield quantizer, weights[adapter_name]
 
     def macs_per_row(self, adapter_name: str) -> list[int]:
         """Multiply-accumulates per row that read each quantized tensor, in the order of `sites_of`.
@@ -368,19 +383,3 @@ def _fixed_quantizers(config: BayesianLoraConfig, key: str) -> nn.ModuleDict:
             for site, width in bits.items()
         }
     )
-
-
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, BayesianLoraLinear]]:
-    """All Bayesian-LoRA layers of a model with their qualified names, in module order."""
-    for name, module in model.named_modules():
-        if isinstance(module, BayesianLoraLinear):
-            yield name, module
-
-
-def learning_adapters(model: nn.Module) -> Iterator[tuple[BayesianLoraLinear, str, LayerGates]]:
-    """Every (layer, adapter, gates) of a model whose adapter is active and has gates."""
-    for _, layer in adapted_layers(model):
-        for name in layer.active_adapters:
-            gates = layer.gates_of(name)
-            if gates is not None:
-                yield layer, name, gates

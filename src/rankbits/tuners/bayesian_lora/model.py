@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from rankbits.errors import RankbitsWarning
 from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig
-from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear, adapted_layers
+from rankbits.tuners.bayesian_lora.find import adapted_layers
+from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear
 from rankbits.tuners.linear import LinearTuner
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from rankbits.quant.grid import bits_of_gates, expected_bits
 from rankbits.quant.quantizer import FixedQuantizer
-from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear, adapted_layers
+from rankbits.tuners.bayesian_lora.find import adapted_layers
+from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
 
 

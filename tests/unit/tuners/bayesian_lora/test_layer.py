@@ -366,3 +366,16 @@ def test_a_hardened_configuration_refuses_a_layer_it_does_not_know(mlp, adapt) -
 def test_the_layer_names_its_method(mlp, adapt) -> None:
     ((_, layer),) = adapted_layers(adapt(mlp, target_modules=["0"]))
     assert repr(layer).startswith("bayesian_lora.")
+
+
+@pytest.mark.parametrize("phase", ["calibrating", "sampled", "fixed"])
+def test_a_following_layer_may_work_in_place(adapt, phase) -> None:
+    model = adapt(
+        Named(nn.Linear(12, 8)), r=2, target_modules=["only"], calibration_passes=0 if phase != "calibrating" else 9
+    )
+    layer = model.base_model.model.only
+    layer.set_phase("default", GatePhase(fixed=phase == "fixed"), 1)
+    for _ in range(2):
+        output = torch.relu_(layer(torch.randn(5, 12)))
+        output.sum().backward()
+    assert layer.bayesian_lora_up["default"].grad is not None
