@@ -19,8 +19,10 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
+    from rankbits.cli.running import quiet_libraries
     from rankbits.recipes.run import evaluate as score_run
 
+    quiet_libraries()
     table = Table("split", "metric", "score in percent")
     for score in score_run(run, task=task, data=data):
         table.add_row(score.split, score.metric, f"{score.value:.2f}")

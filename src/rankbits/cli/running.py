@@ -33,7 +33,7 @@ def run_recipe(recipe: Recipe, command: str) -> RunRecord:
     from rankbits.recipes.run import run
 
     _silence_other_bars()
-    _quiet_libraries()
+    quiet_libraries()
     try:
         with progress(Console(stderr=True)) as bar, stop_on_interrupt() as stop:
             return run(recipe, command=command, callbacks=[bar, stop], announce=bar.say)
@@ -51,7 +51,7 @@ def _silence_other_bars() -> None:
     logging.disable_progress_bar()
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Silence what libraries print about themselves: their bars, and warnings meant for their own developers."""
     import datasets
     from transformers.utils import logging
