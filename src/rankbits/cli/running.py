@@ -71,7 +71,8 @@ def print_runs(records: Sequence[RunRecord]) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in COLUMNS:
         # Eighty columns are narrow for this table: what is one word stays whole, the rest may take two lines.
-        table.add_column(column, no_wrap=" " not in column and column != "score", overflow="fold")
+        whole = max(len(word) for word in column.split())
+        table.add_column(column, min_width=whole, no_wrap=" " not in column and column != "score", overflow="fold")
     for row in run_table(records):
         table.add_row(*row)
     Console().print(table)
