@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -204,9 +205,9 @@ def _total_steps(arguments: TrainingArguments, rows: int) -> int:
     """Optimizer steps that the Trainer will make, by its own rule."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
-    batches = -(-rows // arguments.train_batch_size)
-    per_epoch = max(-(-batches // arguments.gradient_accumulation_steps), 1)
-    return int(-(-(arguments.num_train_epochs * per_epoch) // 1))
+    batches = math.ceil(rows / arguments.train_batch_size)
+    per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
+    return math.ceil(arguments.num_train_epochs * per_epoch)
 
 
 def _schedule(recipe: Recipe, model: PeftModel, total_steps: int) -> GateSchedule:
@@ -229,7 +230,7 @@ def _optimizers(recipe: Recipe, schedule: GateSchedule) -> tuple[Any, Any]:
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         decay=training.scheduler.removesuffix("_with_warmup"),
-        warmup_steps=-(-int(training.warmup_ratio * schedule.total_steps * 1_000_000) // 1_000_000),
+        warmup_steps=math.ceil(training.warmup_ratio * schedule.total_steps),
         rates=GateRates(
             gates=None if gates.learning_rate == "auto" else gates.learning_rate,
             ranges=gates.range_learning_rate,

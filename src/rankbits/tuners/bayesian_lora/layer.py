@@ -206,12 +206,10 @@ class BayesianLoraLinear(AdapterLinear):
         """Output with the active adapters: [..., in_features] to [..., out_features]."""
         active = [name for name in self.active_adapters if name in self.bayesian_lora_down]
         if not any(self.quantizers_of(name) for name in active):
-            result = self.base_layer(x)
-            if self.quantization_backend is not None:
-                result = self.quantization_backend.maybe_clone_base_result(result)
+            result = self._base_output(x)
             for name in active:
                 result = result + self._update(name, x, self._pass_gates(name)).to(result.dtype)
-            return result  # type: ignore[no-any-return]
+            return result
         (name,) = active
         gates = self._pass_gates(name)
         x = self._quantize(name, Site.INPUT, x, gates)
@@ -236,10 +234,15 @@ class BayesianLoraLinear(AdapterLinear):
                 stacklevel=2,
             )
 
+    def _base_output(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base_layer(x)
+        backend = self.quantization_backend
+        return result if backend is None else backend.maybe_clone_base_result(result)
+
     def _base_product(self, adapter_name: str, x: Tensor, gates: GateValues | None) -> Tensor:
         """Base layer with its quantized weight: [..., in_features] to [..., out_features]."""
         if Site.WEIGHT.value not in self.quantizers_of(adapter_name):
-            return self.base_layer(x)  # type: ignore[no-any-return]
+            return self._base_output(x)
         weight = self._quantize(adapter_name, Site.WEIGHT, self.oriented(self.weight), gates)
         return F.linear(self._cast_input_dtype(x, weight.dtype), weight, self.bias)
 
@@ -259,18 +262,19 @@ class BayesianLoraLinear(AdapterLinear):
     def check_mergeable(self, adapter_names: list[str]) -> None:
         """Raise MergeError where no single weight computes what the layer computes (quantized activations)."""
         for name in adapter_names:
-            sites = self.sites_of(name)
-            blocking = [site.value for site in sites if site in ACTIVATION_SITES]
+            blocking = [site.value for site in self.sites_of(name) if site in ACTIVATION_SITES]
             if blocking:
                 raise MergeError(
                     f"adapter {name!r} cannot be merged exactly: it quantizes the activations {blocking}, which no "
                     "weight can do. Adapters trained with learn_bits=False, or with "
                     "quantizers=['weight', 'down', 'diagonal', 'up'], can be merged; this one runs unmerged"
                 )
-            if sites and len({*adapter_names, *self.merged_adapters}) > 1:
+        together = {*adapter_names, *self.merged_adapters}
+        for name in sorted(together):
+            if self.sites_of(name) and len(together) > 1:
                 raise MergeError(
                     f"adapter {name!r} quantizes the base weight, so it can only be merged alone, not with "
-                    f"{sorted({*adapter_names, *self.merged_adapters} - {name})}"
+                    f"{sorted(together - {name})}"
                 )
 
     def merged_weight(self, adapter_name: str, weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
 
 from rankbits import BayesianLoraConfig
-from rankbits.errors import RankbitsWarning
+from rankbits.errors import MergeError, RankbitsWarning
 from rankbits.tuners.bayesian_lora import BayesianLoraLinear, BayesianLoraModel, GatePhase, adapted_layers
 
 SITES = ["weight", "down", "diagonal", "up", "down_output", "diagonal_output", "output", "input"]
@@ -379,3 +379,20 @@ def test_a_following_layer_may_work_in_place(adapt, phase) -> None:
         output = torch.relu_(layer(torch.randn(5, 12)))
         output.sum().backward()
     assert layer.bayesian_lora_up["default"].grad is not None
+
+
+def test_nothing_is_merged_on_top_of_an_adapter_that_quantizes_the_base_weight(adapt) -> None:
+    model = adapt(
+        Named(nn.Linear(12, 8)), r=2, target_modules=["only"], quantizers=["weight", "down", "diagonal", "up"]
+    )
+    model.add_adapter("plain", BayesianLoraConfig(r=2, target_modules=["only"], learn_bits=False))
+    layer = model.base_model.model.only
+    layer.merge(adapter_names=["default"])
+    merged = layer.get_base_weight().clone()
+    with (
+        pytest.warns(UserWarning, match="additionally merging"),
+        pytest.raises(MergeError, match="only be merged alone"),
+    ):
+        layer.merge(adapter_names=["plain"])
+    assert layer.merged_adapters == ["default"]
+    assert torch.equal(layer.get_base_weight(), merged)
