@@ -22,6 +22,10 @@ class ModelError(RankbitsError):
     """A model cannot be found, loaded or adapted."""
 
 
+class UnknownArchitectureError(ModelError):
+    """No formula knows this model type; its cost can still be counted on the live model."""
+
+
 class AssetError(RankbitsError):
     """An embedded file is missing or is not the file it claims to be."""
 

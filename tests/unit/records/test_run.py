@@ -246,7 +246,7 @@ class TestReading:
             ("{}", "schema_version: expected a whole number from 1, given None"),
             ({"schema_version": True}, "given True"),
             ({"schema_version": 0}, "given 0"),
-            ({"schema_version": 2}, "given 2, this rankbits reads up to 1; update rankbits"),
+            ({"schema_version": 3}, "given 3, this rankbits reads up to 2; update rankbits"),
         ],
     )
     def test_what_is_no_record_is_refused(self, tmp_path: Path, content: Any, reason: str) -> None:

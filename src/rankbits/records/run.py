@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rankbits.errors import RecordError, RunFolderError
+from rankbits.records.costs import CostRecord
+from rankbits.records.files import write_atomically
+from rankbits.records.frozen import Frozen
+from rankbits.records.portable import portable, recipe_hash, shorten, without_local_paths
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Site = Literal["weight", "down", "diagonal", "up", "down_output", "diagonal_output", "output", "input"]
 SITES: tuple[Site, ...] = get_args(Site)
@@ -29,53 +30,8 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 _HOST_KEYS = frozenset({"host", "hostname", "host_name", "node", "nodename", "fqdn", "domain", "user", "username"})
 
-# A URL's "//" follows a colon, a relative path's "/" a letter or a dot: neither says where this machine keeps things.
-_LOCAL_PATH = re.compile(r"""(?<![\w./\\~])(?:file://)?(?:[A-Za-z]:[\\/]|\\\\|~[\w.-]*/|/)(?=[^\s/])[^\s"'=,;]*""")
 
-
-def recipe_hash(recipe: Mapping[str, Any]) -> str:
-    """Sha256 (64 hex digits) of a recipe's canonical JSON.
-
-    The order of keys, `1` against `1.0`, and the folder an absolute path points into do not change it, so that the same
-    work has the same hash on every machine. Raises RecordError for a value that JSON cannot hold.
-    """
-    try:
-        canonical = _canonical_numbers(_portable(dict(recipe), "recipe"))
-    except ValueError as error:
-        raise RecordError(f"cannot hash the recipe: {error}") from None
-    text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
-def without_local_paths(text: str) -> str:
-    """The text with each absolute path in it shortened to its last part ("/home/me/a.yaml" becomes "a.yaml")."""
-    return _LOCAL_PATH.sub(lambda match: _last_part(match.group()), text)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Put `text` (UTF-8) at `path` in one step: a reader sees the old file or the new one, never a part.
-
-    Raises RunFolderError when the folder is missing or cannot be written; then nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            with temporary.open("x", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class DataRecord(_Frozen):
+class DataRecord(Frozen):
     """Which rows a run saw. `source` is a hub name, a package or a folder's last part, never an absolute path."""
 
     task: str
@@ -89,10 +45,10 @@ class DataRecord(_Frozen):
     @field_validator("source")
     @classmethod
     def _shorten_source(cls, value: str) -> str:
-        return _shorten(value)
+        return shorten(value)
 
 
-class ScoreRecord(_Frozen):
+class ScoreRecord(Frozen):
     """One metric on one evaluation split, in percent (correlations too: 100 is perfect)."""
 
     metric: str
@@ -101,7 +57,7 @@ class ScoreRecord(_Frozen):
     primary: bool
 
 
-class TrainingRecord(_Frozen):
+class TrainingRecord(Frozen):
     """How the training went: optimizer steps, epochs, wall-clock seconds, mean training loss, peak bytes."""
 
     steps: Count
@@ -112,7 +68,7 @@ class TrainingRecord(_Frozen):
     resumed: bool
 
 
-class ParameterRecord(_Frozen):
+class ParameterRecord(Frozen):
     """Numbers of parameters: all that were trained, the parts they fall into, and the whole model."""
 
     trainable: Count
@@ -123,7 +79,7 @@ class ParameterRecord(_Frozen):
     total: Count
 
 
-class ModuleRecord(_Frozen):
+class ModuleRecord(Frozen):
     """One adapted matrix: its rank and the width of each of its quantizers. A method without quantizers has no bits."""
 
     name: str
@@ -142,14 +98,15 @@ class ModuleRecord(_Frozen):
         return self
 
 
-class RunRecord(_Frozen):
+class RunRecord(Frozen):
     """Everything there is to say about one run. Holds no host name and no absolute path: those are shortened on entry.
 
     `created` is a UTC time in ISO format; `machine` describes the hardware; `scores` are in percent, and the first one
-    marked primary is the headline; `history` is one dict per logged step ("step", "loss", "bits_mean", "rank_mean").
+    marked primary is the headline; `history` is one dict per logged step ("step", "loss", "bits_mean", "rank_mean");
+    `costs` is what one forward pass of the finished model costs, absent from records of schema version 1.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     name: str
     method: str
     recipe: dict[str, Any]
@@ -165,12 +122,13 @@ class RunRecord(_Frozen):
     parameters: ParameterRecord
     modules: list[ModuleRecord]
     history: list[dict[str, float]]
+    costs: CostRecord | None = None
 
     @field_validator("recipe")
     @classmethod
     def _portable_recipe(cls, value: dict[str, Any]) -> dict[str, Any]:
-        portable: dict[str, Any] = _portable(value, "recipe")
-        return portable
+        recipe: dict[str, Any] = portable(value, "recipe")
+        return recipe
 
     @field_validator("command")
     @classmethod
@@ -293,42 +251,6 @@ def _problem(detail: Mapping[str, Any]) -> str:
     if detail["type"] == "missing" or not field or len(given) > 80:
         return f"{field or 'record'}: {detail['msg']}"
     return f"{field}: {detail['msg']} (given {given})"
-
-
-def _portable(value: Any, where: str) -> Any:
-    """The value as plain JSON with absolute paths shortened; ValueError names the place JSON cannot hold."""
-    if isinstance(value, str):
-        return _shorten(value)
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, float):
-        if value - value != 0:
-            raise ValueError(f"{where}: expected a finite number, given {value}")
-        return value
-    if isinstance(value, list | tuple):
-        return [_portable(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _portable(item, f"{where}.{key}") for key, item in value.items()}
-    raise ValueError(f"{where}: expected a JSON value, given {type(value).__name__} {value!r}")
-
-
-def _canonical_numbers(value: Any) -> Any:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [_canonical_numbers(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _canonical_numbers(item) for key, item in value.items()}
-    return value
-
-
-def _shorten(text: str) -> str:
-    """A value that is one absolute path, blanks and all, keeps its last part; other text is searched for paths."""
-    return _last_part(text) if _LOCAL_PATH.match(text) else without_local_paths(text)
-
-
-def _last_part(path: str) -> str:
-    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
 
 
 def _mean(values: Iterable[int]) -> float | None:

@@ -1,0 +1,40 @@
+"""What is written down about a run: its record, its costs, and how files are written."""
+
+from __future__ import annotations
+
+from rankbits.records.costs import CostRecord, CountOptions, ElementWork, Product, WeightRecord
+from rankbits.records.files import write_atomically
+from rankbits.records.portable import recipe_hash, without_local_paths
+from rankbits.records.run import (
+    ADAPTER_SITES,
+    SCHEMA_VERSION,
+    SITES,
+    DataRecord,
+    ModuleRecord,
+    ParameterRecord,
+    RunRecord,
+    ScoreRecord,
+    Site,
+    TrainingRecord,
+)
+
+__all__ = [
+    "ADAPTER_SITES",
+    "SCHEMA_VERSION",
+    "SITES",
+    "CostRecord",
+    "CountOptions",
+    "DataRecord",
+    "ElementWork",
+    "ModuleRecord",
+    "ParameterRecord",
+    "Product",
+    "RunRecord",
+    "ScoreRecord",
+    "Site",
+    "TrainingRecord",
+    "WeightRecord",
+    "recipe_hash",
+    "without_local_paths",
+    "write_atomically",
+]
