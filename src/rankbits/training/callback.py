@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor, nn
@@ -104,13 +105,15 @@ class RankbitsCallback(TrainerCallback):
 
 
 def gate_means(model: nn.Module) -> dict[str, float]:
-    """Mean bit width over all quantizers and mean rank over all layers, with the gates of inference."""
+    """Mean rank over all layers and mean bits over all quantizers, then by site, with the gates of inference."""
     names = {name for _, name, _ in learning_adapters(model)}
     summaries = [summary for name in sorted(names) for summary in summarize(model, name)]
+    means = {"rank_mean": fmean(s.rank for s in summaries)} if summaries else {}
     bits = [width for summary in summaries for width in summary.bits.values()]
-    means = {"rank_mean": sum(s.rank for s in summaries) / len(summaries)} if summaries else {}
     if bits:
-        means["bits_mean"] = sum(bits) / len(bits)
+        means["bits_mean"] = fmean(bits)
+    for site in dict.fromkeys(site for summary in summaries for site in summary.bits):
+        means[f"bits_{site}"] = fmean(s.bits[site] for s in summaries if site in s.bits)
     return means
 
 

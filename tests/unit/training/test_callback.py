@@ -9,7 +9,7 @@ import torch
 from rankbits import GateSchedule, RankbitsCallback, optimizer_and_scheduler
 from rankbits.errors import RankbitsWarning, ScheduleError
 from rankbits.training.callback import gate_means
-from rankbits.tuners.bayesian_lora import learning_adapters
+from rankbits.tuners.bayesian_lora import adapted_layers, learning_adapters
 
 ARGS = SimpleNamespace(deepspeed=None, fsdp=[], fp16=False)
 
@@ -118,3 +118,15 @@ def test_training_logs_say_what_is_learned(adapted) -> None:
 def test_means_leave_out_what_is_not_learned(adapted) -> None:
     assert gate_means(torch.nn.Linear(2, 2)) == {}
     assert gate_means(adapted(learn_bits=False)) == {"rank_mean": 4.0}
+
+
+@torch.no_grad()
+def test_means_by_site_are_those_of_the_layers_that_have_it(adapted) -> None:
+    model = adapted(quantizers=["weight", "up"])
+    first = next(layer for _, layer in adapted_layers(model))
+    first.gates_of("default").bit_logits[0, 2:] = -6.0  # the first row is W0's: 16 and 32 bits are closed
+    layers = len(list(adapted_layers(model)))
+    means = gate_means(model)
+    assert means["bits_up"] == 32.0
+    assert means["bits_weight"] == pytest.approx((8 + 32 * (layers - 1)) / layers)
+    assert means["bits_mean"] == pytest.approx((means["bits_up"] + means["bits_weight"]) / 2)
