@@ -48,7 +48,7 @@ def _tasks() -> list[str]:
 def _models() -> list[str]:
     from rankbits.recipes.catalogue import EMBEDDED_MODELS, OTHER_MODELS
 
-    embedded = [f"{model.name}\n  {model.description}\n  {model.install}" for model in EMBEDDED_MODELS]
+    embedded = [f"{model.name}\n  {model.description}\n  {model.file.install_command}" for model in EMBEDDED_MODELS]
     return [*embedded, f"or {OTHER_MODELS}"]
 
 

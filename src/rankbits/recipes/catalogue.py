@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankbits.embedded import MINILM
+from rankbits.embedded import MINILM, EmbeddedFile
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class EmbeddedModel:
 
     name: str
     description: str
-    install: str
+    file: EmbeddedFile
 
 
 METHODS: tuple[Method, ...] = (
@@ -45,7 +45,7 @@ EMBEDDED_MODELS: tuple[EmbeddedModel, ...] = (
     EmbeddedModel(
         name="minilm",
         description="all-MiniLM-L6-v2, an encoder (BERT, 6 layers, width 384, 22.7M parameters), Apache-2.0",
-        install=MINILM.install_command,
+        file=MINILM,
     ),
 )
 

@@ -50,7 +50,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     raw = _merge(layers, problems)
     checked = _check(raw, file, layers, problems, complete=complete)
     if checked is None:
-        raise RecipeError(describe(file.label, problems))
+        raise RecipeError(describe(f"recipe {file.label}", problems))
     return checked
 
 

@@ -11,11 +11,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from rankbits.embedded import MINILM, locate
+from rankbits.embedded import locate
 from rankbits.errors import ModelError
+from rankbits.recipes.catalogue import EMBEDDED_MODELS
 from rankbits.tasks import Task
 
-EMBEDDED = {"minilm": MINILM}
+EMBEDDED = {model.name: model.file for model in EMBEDDED_MODELS}
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
 

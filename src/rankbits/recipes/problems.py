@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in words: key, value given, value expected, where it was written."""
+"""What is wrong with keys and values that a user wrote, in words: key, given, expected, where it was written."""
 
 from __future__ import annotations
 
@@ -31,24 +31,27 @@ class Problem:
         return f"{key}{self.text}{where}"
 
 
-def describe(recipe: str, problems: Sequence[Problem]) -> str:
-    """One message for all problems of one recipe."""
+def describe(what: str, problems: Sequence[Problem]) -> str:
+    """One message for all problems of one thing, such as "recipe quickstart"."""
     count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return "\n".join([f"recipe {recipe} has {count}:", *(f"  {problem}" for problem in problems)])
+    return "\n".join([f"{what} has {count}:", *(f"  {problem}" for problem in problems)])
 
 
-def problems_of(error: ValidationError, raw: Mapping[str, Any], *, complete: bool) -> list[Problem]:
-    """Every problem that the schema found in `raw`, one per key, without their places.
+def problems_of(
+    error: ValidationError, raw: Mapping[str, Any], *, complete: bool = True, schema: type[BaseModel] = Recipe
+) -> list[Problem]:
+    """Every problem that a schema found in `raw`, one per key, without their places.
 
-    `complete=False` says that a part of the recipe could not be read; keys that are missing are then not reported.
+    `complete=False` says that a part of the input could not be read; keys that are missing are then not reported.
     """
     found: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
         if detail["type"] in _NOTHING_GIVEN and not complete:
             continue
-        key, field = _key_and_field(detail["loc"])
+        key, field = _key_and_field(detail["loc"], schema)
         if key not in found:
-            found[key] = Problem(key, _text(key, field, detail, _given(raw, key, detail)))
+            text = _text(field, detail, _given(raw, key, detail)) if field else _unknown(key, schema)
+            found[key] = Problem(key, text)
     return list(found.values())
 
 
@@ -78,11 +81,11 @@ def valid_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     return keys
 
 
-def _key_and_field(location: tuple[int | str, ...]) -> tuple[str, FieldInfo | None]:
-    # A location goes on inside unions and lists; the key of the recipe ends where the schema's fields end.
+def _key_and_field(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[str, FieldInfo | None]:
+    # A location goes on inside unions and lists; the key ends where the schema's fields end.
     parts: list[str] = []
     field: FieldInfo | None = None
-    model: type[BaseModel] | None = Recipe
+    model: type[BaseModel] | None = schema
     for part in location:
         if model is None:
             break
@@ -97,11 +100,16 @@ def _section(field: FieldInfo | None) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _text(key: str, field: FieldInfo | None, detail: Mapping[str, Any], given: str) -> str:
-    if field is None:
-        close = nearest(key, valid_keys())
-        return "unknown key; " + (f"nearest valid key: {close[0]}" if close else f"valid keys: {_siblings(key)}")
+def _text(field: FieldInfo, detail: Mapping[str, Any], given: str) -> str:
     return f"given {given}, expected {_expected(field, detail)}"
+
+
+def _unknown(key: str, schema: type[BaseModel]) -> str:
+    known = valid_keys(schema)
+    close = nearest(key, known)
+    section = key.rpartition(".")[0]
+    siblings = ", ".join(name for name in known if name.rpartition(".")[0] == section)
+    return "unknown key; " + (f"nearest valid key: {close[0]}" if close else f"valid keys: {siblings}")
 
 
 def _given(raw: Mapping[str, Any], key: str, detail: Mapping[str, Any]) -> str:
@@ -109,11 +117,6 @@ def _given(raw: Mapping[str, Any], key: str, detail: Mapping[str, Any]) -> str:
     if not is_absent(value) or detail["type"] in _NOTHING_GIVEN:
         return _shown(value)
     return f"{_shown(detail['input'])} (the default)"
-
-
-def _siblings(key: str) -> str:
-    prefix = key.rpartition(".")[0]
-    return ", ".join(name for name in valid_keys() if name.rpartition(".")[0] == prefix)
 
 
 def _expected(field: FieldInfo, detail: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from rankbits.recipes.nearest import nearest
 
 QUANTIZER_SITES = ("weight", "down", "diagonal", "up", "down_output", "diagonal_output", "output", "input")
 
-_STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
 def _known(kind: str, value: str, known: Sequence[str]) -> str:
@@ -52,12 +52,13 @@ Text = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+QuantizerSite = Annotated[str, AfterValidator(_known_site)]
 
 
 class TaskSection(BaseModel):
     """What is learned and from which rows."""
 
-    model_config = _STRICT
+    model_config = STRICT
     name: Annotated[str, AfterValidator(_known_task)] = Field(description="the name of a task (`rankbits list tasks`)")
     data: Text | None = Field(
         default=None, description="a folder of local files, a hub data set, or null for the task's own"
@@ -72,7 +73,7 @@ class TaskSection(BaseModel):
 class AdapterSection(BaseModel):
     """What is attached to the model: rank, targets, what is quantized and how gates start."""
 
-    model_config = _STRICT
+    model_config = STRICT
     r: Count = Field(default=8, description="a whole number of at least 1: the maximum rank")
     alpha: Positive = Field(default=16, description="a number above 0: the update is scaled by alpha / r")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="a number from 0 to below 1")
@@ -87,7 +88,7 @@ class AdapterSection(BaseModel):
     learn_rank: bool = Field(default=True, description="true or false")
     rank_gate: Literal["ste", "hard_concrete"] = Field(default="ste", description="ste or hard_concrete")
     init_weights: Literal["lora", "adalora"] = Field(default="lora", description="lora or adalora")
-    quantizers: list[Annotated[str, AfterValidator(_known_site)]] | None = Field(
+    quantizers: list[QuantizerSite] | None = Field(
         default=None, description="a list of quantizer sites, or null for all but the input"
     )
     calibration_passes: Count = Field(
@@ -100,7 +101,7 @@ class AdapterSection(BaseModel):
 class GatesSection(BaseModel):
     """How ranks and bits are learned: penalty, phases and rates. Phases are fractions of all optimizer steps."""
 
-    model_config = _STRICT
+    model_config = STRICT
     lambda_q: float = Field(default=1e-3, ge=0, description="a number of at least 0: weight of the bit penalty")
     lambda_r: float = Field(default=1e-3, ge=0, description="a number of at least 0: weight of the rank penalty")
     warmup: Share = Field(default=0.25, description="a fraction from 0 to 1: training without penalty")
@@ -126,7 +127,7 @@ class GatesSection(BaseModel):
 class TrainingSection(BaseModel):
     """The Trainer's settings."""
 
-    model_config = _STRICT
+    model_config = STRICT
     max_steps: Count | None = Field(
         default=None, description="a whole number of at least 1, or null; it wins over epochs"
     )
@@ -167,7 +168,7 @@ class TrainingSection(BaseModel):
 class Recipe(BaseModel):
     """A whole experiment as data."""
 
-    model_config = _STRICT
+    model_config = STRICT
     name: Annotated[str, Field(pattern=r"^[\w][\w./-]*$", max_length=200), AfterValidator(_plain_name)] = Field(
         description="letters, digits, '.', '_', '-' and '/'"
     )

@@ -60,7 +60,7 @@ def test_list_methods_tasks_and_models():
     assert [line for line in methods.splitlines() if not line.startswith(" ")] == method_names()
     assert [line for line in known_tasks.splitlines() if not line.startswith(" ")] == tasks.names()
     assert tasks.get("stsb").description in known_tasks
-    assert EMBEDDED_MODELS[0].install in models
+    assert EMBEDDED_MODELS[0].file.install_command in models
     assert "hub id" in models
 
 
