@@ -15,6 +15,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rankbits.accounting.measure import cost as cost
+    from rankbits.reports.cost_table import cost_table as cost_table
     from rankbits.training.callback import RankbitsCallback as RankbitsCallback
     from rankbits.training.groups import optimizer_and_scheduler as optimizer_and_scheduler
     from rankbits.training.objective import regularization_loss as regularization_loss
@@ -29,6 +31,8 @@ _PUBLIC = {
     "BayesianLoraConfig": "rankbits.tuners.bayesian_lora",
     "GateSchedule": "rankbits.training.schedule",
     "RankbitsCallback": "rankbits.training.callback",
+    "cost": "rankbits.accounting.measure",
+    "cost_table": "rankbits.reports.cost_table",
     "harden": "rankbits.tuners.bayesian_lora",
     "optimizer_and_scheduler": "rankbits.training.groups",
     "regularization_loss": "rankbits.training.objective",
@@ -39,6 +43,8 @@ __all__ = [
     "GateSchedule",
     "RankbitsCallback",
     "__version__",
+    "cost",
+    "cost_table",
     "harden",
     "optimizer_and_scheduler",
     "regularization_loss",

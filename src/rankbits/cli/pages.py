@@ -1,4 +1,4 @@
-"""The page of one or several runs, with a link from each to its recipe."""
+"""The page of one or several runs, its figures as files beside it, and a link from each run to its recipe."""
 
 from __future__ import annotations
 
@@ -11,18 +11,33 @@ if TYPE_CHECKING:
     from rankbits.records import RunRecord
 
 _RECIPE_FILES = ("recipe.yaml", "record.json")
+_FIGURES = "figures"
 
 
-def write_page(runs: Sequence[tuple[RunRecord, Path]], page: Path) -> None:
-    """Render records, each with the folder it lies in, to one page.
+def write_page(runs: Sequence[tuple[RunRecord, Path]], page: Path, figures: Path | None = None) -> Path:
+    """Render records, each with the folder it lies in, to one page, and its figures as files that the page links to.
+
+    Args:
+        runs: at least one.
+        page: where the page goes; its folder exists.
+        figures: the folder of the figures; by default `figures` beside the page.
+
+    Returns:
+        The folder of the figures, which is not made if there is nothing to draw.
 
     Raises:
-        RankbitsError: the page cannot be drawn here, or not be written.
+        RankbitsError: page or figures cannot be drawn here, or not be written.
     """
+    from rankbits.reports.figures import report_figures
+    from rankbits.reports.figures.files import write_figures
     from rankbits.reports.html import render
 
+    records = [record for record, _ in runs]
+    folder = figures or page.parent / _FIGURES
+    write_figures(report_figures(records).all(), folder)
     links = {record.recipe_hash: recipe_link(folder, page) for record, folder in runs}
-    render([record for record, _ in runs], page, links)
+    render(records, page, links, Path(os.path.relpath(folder, page.parent)).as_posix())
+    return folder
 
 
 def recipe_link(folder: Path, page: Path) -> str:

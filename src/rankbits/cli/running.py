@@ -62,20 +62,51 @@ def quiet_libraries() -> None:
 
 
 def print_runs(records: Sequence[RunRecord]) -> None:
-    """Print runs beside each other, one row each."""
+    """Print runs beside each other, one row each, and below them what they cost, with all conditions."""
+    from rankbits.reports.costs import NOT_COUNTED, compare_costs
+    from rankbits.reports.tables import COLUMNS, labels, run_table
+
+    _print_table(COLUMNS, run_table(records))
+    if all(record.costs is None for record in records):
+        typer.echo(f"costs: {NOT_COUNTED}")
+        return
+    names = labels(records)
+    compared = compare_costs({name: record.costs for name, record in zip(names, records, strict=True)})
+    _print_table(compared.columns, compared.rows)
+    for note in compared.notes:
+        Console().print(note, markup=False, highlight=False)
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table. Eighty columns are narrow: headings and cells break between words and take several lines."""
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
-    from rankbits.reports.tables import COLUMNS, run_table
+    console = Console()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    # Beside each column stand its padding and a divider.
+    room = console.width - 2 * len(columns)
+    cells = [[column, *(row[place] for row in rows)] for place, column in enumerate(columns)]
+    for column, width in zip(columns, column_widths(cells, room), strict=True):
+        table.add_column(column, width=width, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in COLUMNS:
-        # Eighty columns are narrow for this table: what is one word stays whole, the rest may take two lines.
-        whole = max(len(word) for word in column.split())
-        table.add_column(column, min_width=whole, no_wrap=" " not in column and column != "score", overflow="fold")
-    for row in run_table(records):
-        table.add_row(*row)
-    Console().print(table)
+
+def column_widths(columns: Sequence[Sequence[str]], room: int) -> list[int]:
+    """How wide to make columns of cells: the longest word at least, and what they need as far as there is room.
+
+    Columns that need the least more are served first. Where not even the longest words fit, the widest give way.
+    """
+    wanted = [max(len(cell) for cell in cells) for cells in columns]
+    widths = [max(len(word) for cell in cells for word in cell.split() or [""]) for cells in columns]
+    while sum(widths) > room and max(widths) > 1:
+        widths[widths.index(max(widths))] -= 1
+    for place in sorted(range(len(columns)), key=lambda place: wanted[place] - widths[place]):
+        widths[place] += max(0, min(wanted[place] - widths[place], room - sum(widths)))
+    return widths
 
 
 def print_files(record: RunRecord, folder: Path) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 
-from rankbits.records import SITES, RunRecord
+from rankbits.records import SITES, CostRecord, RunRecord
+from rankbits.reports.costs import si
 from rankbits.reports.tables import SITE_LABELS, has_bits, has_learned_rank
 
 
 def findings(record: RunRecord) -> list[str]:
-    """One sentence about ranks and one about bits; says so where nothing was learned or nothing moved."""
-    return [_rank_sentence(record), _bits_sentence(record)]
+    """A sentence about ranks, one about bits and, where they were counted, one about costs.
+
+    They say so where nothing was learned or nothing moved.
+    """
+    costs = [_cost_sentence(record.costs)] if record.costs is not None else []
+    return [_rank_sentence(record), _bits_sentence(record), *costs]
 
 
 def _rank_sentence(record: RunRecord) -> str:
@@ -44,3 +49,12 @@ def _bits_sentence(record: RunRecord) -> str:
     if means[narrow] == means[wide]:
         return f"{sentence}."
     return f"{sentence}; narrowest on average is {narrow} ({means[narrow]:.1f}), widest {wide} ({means[wide]:.1f})."
+
+
+def _cost_sentence(costs: CostRecord) -> str:
+    """Shares of MACs only: a percentage of bit operations needs its reference, which the costs below it have."""
+    o = costs.options
+    work = f"One forward pass of {o.query_len} tokens, batch {o.batch}, adapters {o.adapters}, is {si(costs.macs)} MACs"
+    if not costs.integer_share:
+        return f"{work}, none of which an integer kernel can execute."
+    return f"{work}, of which an integer kernel can execute {costs.integer_share:.0%}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rankbits.records import RunRecord, Site
 
@@ -43,11 +43,16 @@ def run_table(records: Sequence[RunRecord]) -> list[list[str]]:
 
 
 def labels(records: Sequence[RunRecord]) -> list[str]:
-    """A name for each record: its method, with run name and seed added only where they tell records apart."""
-    by_method = [record.method for record in records]
-    by_name = [f"{record.method}, {record.name}" for record in records]
-    by_seed = [f"{record.method}, seed {record.seed}" for record in records]
-    for candidates in (by_method, by_seed, by_name):
+    """A name for each record: its method, with task, seed and run name added only where they tell records apart."""
+    ways: tuple[Callable[[RunRecord], str], ...] = (
+        lambda record: record.method,
+        lambda record: f"{record.method}, {record.data.task}",
+        lambda record: f"{record.method}, seed {record.seed}",
+        lambda record: f"{record.method}, {record.name}",
+        lambda record: f"{record.method}, {record.data.task}, seed {record.seed}",
+    )
+    for way in ways:
+        candidates = [way(record) for record in records]
         if len(set(candidates)) == len(records):
             return candidates
     full = [f"{record.method}, {record.name}, seed {record.seed}" for record in records]
@@ -62,8 +67,8 @@ def score_text(record: RunRecord) -> str:
 
 
 def has_learned_rank(record: RunRecord) -> bool:
-    """Whether any matrix had rank gates: those, and only those, have an expected rank."""
-    return any(module.expected_rank is not None for module in record.modules)
+    """Whether ranks were learned: a matrix with rank gates has an expected rank, a pruned one less than its largest."""
+    return any(module.expected_rank is not None or module.rank < module.max_rank for module in record.modules)
 
 
 def has_bits(record: RunRecord) -> bool:

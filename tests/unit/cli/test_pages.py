@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from rankbits.cli.main import app
 from rankbits.cli.pages import recipe_link
+from rankbits.records import RunRecord
 
 
 @pytest.fixture
@@ -32,6 +33,44 @@ def test_a_page_elsewhere_links_back(run: Path, tmp_path: Path):
     (run / "recipe.yaml").write_text("")
     assert _report(run, "--output", tmp_path / "page.html").exit_code == 0
     assert 'href="run/recipe.yaml"' in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def _learned(folder: Path) -> RunRecord:
+    """The record of a run, with a history that can be drawn."""
+    record = RunRecord.read(folder / "record.json")
+    (folder / "record.json").unlink()
+    drawn = record.model_copy(update={"history": [{"step": 1.0, "loss": 0.7}, {"step": 2.0, "loss": 0.5}]})
+    drawn.write(folder / "record.json")
+    return drawn
+
+
+def test_figures_lie_beside_the_page_and_are_linked(run: Path):
+    _learned(run)
+    result = _report(run)
+    assert f"figures: {run / 'figures'}" in result.stdout
+    assert sorted(path.name for path in (run / "figures").iterdir()) == ["training.csv", "training.png", "training.svg"]
+    assert 'href="figures/training.svg"' in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_figures_go_where_they_are_wanted(run: Path, tmp_path: Path):
+    _learned(run)
+    assert _report(run, "--figures", tmp_path / "for paper").exit_code == 0
+    assert (tmp_path / "for paper" / "training.csv").is_file()
+    assert not (run / "figures").exists()
+    assert 'href="../for%20paper/training.png"' in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_without_figures_there_is_no_folder(run: Path):
+    assert "figures: " not in _report(run).stdout
+    assert not (run / "figures").exists()
+
+
+def test_a_folder_of_figures_that_cannot_be_made_is_named(run: Path):
+    _learned(run)
+    result = _report(run, "--figures", run / "record.json")
+    assert result.exit_code == 2
+    assert "record.json: cannot be made" in result.stderr
+    assert not (run / "report.html").exists()
 
 
 def test_several_runs_need_a_name_for_their_page(run: Path, tmp_path: Path, finished):

@@ -1,4 +1,4 @@
-"""Two finished runs to report on: Bayesian-LoRA on six layers of query, key and value, and plain LoRA beside it."""
+"""Finished runs to report on: Bayesian-LoRA on six layers of query, key and value, plain LoRA beside it, and costs."""
 
 import math
 from typing import Any
@@ -6,13 +6,18 @@ from typing import Any
 import pytest
 
 from rankbits.records import (
+    CostRecord,
+    CountOptions,
     DataRecord,
+    ElementWork,
     ModuleRecord,
     ParameterRecord,
+    Product,
     RunRecord,
     ScoreRecord,
     Site,
     TrainingRecord,
+    WeightRecord,
     recipe_hash,
 )
 
@@ -106,3 +111,86 @@ def gated_run() -> RunRecord:
 @pytest.fixture(scope="session")
 def lora_run() -> RunRecord:
     return _record("lora", 78.5)
+
+
+def _product(op: str, macs: int, bits: tuple[int, int], **changes: Any) -> Product:
+    fields: dict[str, Any] = {
+        "module": "encoder.layer.0.attention.self",
+        "op": op,
+        "batch": 1,
+        "m": macs,
+        "k": 1,
+        "n": 1,
+        "left": "x",
+        "right": "W0",
+        "bits_left": bits[0],
+        "bits_right": bits[1],
+        "kind": "weight",
+    }
+    return Product(**fields | changes)
+
+
+def _costs(*products: Product, reference: int = 1000, **options: Any) -> CostRecord:
+    return CostRecord(
+        options=CountOptions(**{"query_len": 20, "key_len": 20} | options),
+        products=list(products),
+        reference_macs=reference,
+        elements=[ElementWork(module="encoder", op="softmax", elements=4321)],
+        weights=[
+            WeightRecord(module="a", operand="W0", elements=300, bits=4, scales=1),
+            WeightRecord(module="b", operand="W0", elements=100, bits=32),
+        ],
+    )
+
+
+@pytest.fixture(scope="session")
+def narrow_costs() -> CostRecord:
+    """1000 MACs: 600 at 4 × 4 bits, 300 at 4 × 32, 100 at 8 × 16.
+
+    Nominal 600·16 + 300·128 + 100·128 = 60,800 BOPs. Executed as int8, fp32 and fp16: 600·64 + 300·1024 + 100·256 =
+    371,200. At 16 bits the base has 256,000 BOPs, at 32 bits 1,024,000.
+    """
+    return _costs(
+        _product("linear", 600, (4, 4), module="encoder.layer.0.attention.self.query"),
+        _product("linear", 300, (32, 4), module="encoder.layer.1.output.dense"),
+        _product("scores", 100, (8, 16), kind="act"),
+    )
+
+
+@pytest.fixture(scope="session")
+def float_costs() -> CostRecord:
+    """The same base in 32 bits with adapters beside it: 1000 and 40 MACs, 1,064,960 BOPs either way."""
+    return _costs(
+        _product("linear", 900, (32, 32), module="encoder.layer.0.attention.self.query"),
+        _product("scores", 100, (32, 32), kind="act"),
+        _product("lora_down", 40, (32, 32), module="encoder.layer.0.attention.self.query", adapter="default"),
+        adapters="unmerged",
+    )
+
+
+@pytest.fixture(scope="session")
+def other_costs() -> CostRecord:
+    """Of another base model, under other options."""
+    return _costs(_product("linear", 7_000, (16, 16)), reference=7_000, query_len=64, key_len=64)
+
+
+@pytest.fixture(scope="session")
+def pruned_run(lora_run: RunRecord) -> RunRecord:
+    """As AdaLoRA leaves it: ranks below the largest, and no gates that would have an expected rank."""
+    modules = [m.model_copy(update={"rank": 3 + index % 2, "max_rank": 12}) for index, m in enumerate(lora_run.modules)]
+    return lora_run.model_copy(update={"method": "adalora", "modules": modules})
+
+
+@pytest.fixture(scope="session")
+def runs(
+    gated_run: RunRecord, lora_run: RunRecord, narrow_costs: CostRecord, float_costs: CostRecord
+) -> dict[str, RunRecord]:
+    """Two methods on three tasks, with costs."""
+    found = {}
+    for number, task in enumerate(("mrpc", "rte", "stsb")):
+        for run, costs in ((gated_run, narrow_costs), (lora_run, float_costs)):
+            score = run.scores[0].model_copy(update={"value": run.scores[0].value + number})
+            data = run.data.model_copy(update={"task": task})
+            changes = {"name": task, "data": data, "scores": [score], "costs": costs}
+            found[f"{run.method}, {task}"] = run.model_copy(update=changes)
+    return found

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rankbits.records import RunRecord
+from rankbits.records import CostRecord, RunRecord
 from rankbits.reports.findings import findings
 
 
@@ -58,9 +58,30 @@ def test_plain_lora_learned_neither(lora_run: RunRecord) -> None:
 
 
 def test_different_fixed_ranks_are_a_span(lora_run: RunRecord) -> None:
-    modules = [lora_run.modules[0].model_copy(update={"rank": 4}), lora_run.modules[1]]
+    modules = [lora_run.modules[0].model_copy(update={"rank": 4, "max_rank": 4}), lora_run.modules[1]]
     assert findings(lora_run.model_copy(update={"modules": modules}))[0] == (
         "The rank is fixed: all 2 matrices were adapted at ranks from 4 to 8."
+    )
+
+
+def test_pruned_ranks_are_learned_ranks(pruned_run: RunRecord) -> None:
+    assert findings(pruned_run)[0] == (
+        "Ranks differ between matrices, from 3 (encoder.layer.0.attention.self.query) "
+        "to 4 (encoder.layer.0.attention.self.key)."
+    )
+
+
+def test_costs_are_told_as_macs_and_their_integer_share(lora_run: RunRecord, narrow_costs: CostRecord) -> None:
+    assert findings(lora_run.model_copy(update={"costs": narrow_costs}))[2] == (
+        "One forward pass of 20 tokens, batch 1, adapters merged, is 1.000 K MACs, of which an integer kernel can "
+        "execute 60%."
+    )
+
+
+def test_costs_that_no_integer_kernel_lowers_say_so(lora_run: RunRecord, float_costs: CostRecord) -> None:
+    assert findings(lora_run.model_copy(update={"costs": float_costs}))[2] == (
+        "One forward pass of 20 tokens, batch 1, adapters unmerged, is 1.040 K MACs, none of which an integer kernel "
+        "can execute."
     )
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from rankbits.errors import RankbitsError, RunFolderError
-from rankbits.records import RunRecord, recipe_hash
+from rankbits.records import CostRecord, RunRecord, recipe_hash
 from rankbits.reports import render
+from rankbits.reports.costs import compare_costs, cost_lines
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -155,6 +156,55 @@ class TestSeveralRuns:
         assert len(ids) == len(set(ids))
 
 
+class TestCosts:
+    def test_a_run_has_its_totals_conditions_and_parts(
+        self, path: Path, lora_run: RunRecord, narrow_costs: CostRecord
+    ) -> None:
+        text = " ".join(_page(path, lora_run.model_copy(update={"costs": narrow_costs})).text.split())
+        assert all(line in text for line in cost_lines(narrow_costs))
+        assert "".join(("linear", "2", "900", "48.00 K", "345.6 K", "66.7%")) in text
+        assert "".join(("output.dense", "1", "300", "38.40 K", "307.2 K", "0.0%")) in text
+
+    def test_a_run_without_costs_says_so(self, lora_page: Page) -> None:
+        assert "Costs: not counted." in lora_page.text
+        assert "BOPs" not in lora_page.text
+
+    def test_runs_of_one_base_stand_in_percent_with_all_conditions(
+        self, path: Path, runs: dict[str, RunRecord], narrow_costs: CostRecord, float_costs: CostRecord
+    ) -> None:
+        text = _page(path, *list(runs.values())[:2]).text
+        compared = compare_costs({"bayesian-lora": narrow_costs, "lora": float_costs})
+        assert all(said in text for said in (*compared.columns, *compared.rows[0], *compared.notes))
+        assert "23.75 / 5.94" in text
+
+    def test_runs_of_different_bases_do_not(
+        self, path: Path, gated_run: RunRecord, lora_run: RunRecord, narrow_costs: CostRecord, other_costs: CostRecord
+    ) -> None:
+        costs = ((gated_run, narrow_costs), (lora_run, other_costs))
+        page = _page(path, *(run.model_copy(update={"costs": c, "history": []}) for run, c in costs))
+        comparison = page.text.partition("Load the adapter")[0].partition("78.12")[2].partition("bayesian-lora")[2]
+        assert "No percentages: the runs have no common reference" in comparison
+        assert "of 16 / 32-bit base" not in page.text
+
+    def test_runs_without_costs_have_no_table_of_them(self, both_page: Page) -> None:
+        assert "Table of costs" not in both_page.values("aria-label")
+
+
+class TestFigureFiles:
+    def test_are_linked_relative_to_the_page(self, path: Path, lora_run: RunRecord) -> None:
+        render([lora_run], path, {}, "my figures")
+        links = [link for link in Page(path).values("href") if "figures" in link]
+        assert links == [f"my%20figures/training.{suffix}" for suffix in ("svg", "png", "csv")]
+
+    def test_have_no_links_where_none_were_written(self, lora_page: Page) -> None:
+        assert not any("training" in link for link in lora_page.values("href"))
+
+    def test_must_lie_relative_to_the_page(self, path: Path, lora_run: RunRecord) -> None:
+        with pytest.raises(RankbitsError, match="a figure folder must be relative to the page"):
+            render([lora_run], path, {}, "https://example.org/figures")
+        assert not path.exists()
+
+
 class TestRecipeLinks:
     def test_are_found_by_name(self, path: Path, gated_run: RunRecord) -> None:
         page = _page(path, gated_run, links={"quickstart": "my recipes/a&b.yaml"})
@@ -228,6 +278,11 @@ class TestAccessibility:
         scrolling = [attrs for _, attrs in gated_page.elements if attrs.get("class") == "scroll"]
         assert scrolling
         assert all(attrs["tabindex"] == "0" and attrs["aria-label"] for attrs in scrolling)
+
+    def test_paper_is_white_whatever_the_screen_is(self, gated_page: Page) -> None:
+        screen, _, paper = gated_page.source.partition("@media print")
+        assert "color-scheme: light;" in paper
+        assert "prefers-color-scheme: dark" in screen
 
     def test_language_width_and_both_schemes_are_declared(self, gated_page: Page) -> None:
         assert gated_page.values("lang") == ["en"]

@@ -18,6 +18,10 @@ def test_plain_lora_has_a_fixed_rank_and_full_precision(lora_run: RunRecord) -> 
     assert row == ["lora", "78.50 accuracy", "8.00 (fixed)", "full", "full", "259,000", "2.4"]
 
 
+def test_a_pruned_rank_is_not_fixed(pruned_run: RunRecord) -> None:
+    assert run_table([pruned_run])[0][2] == "3.50"
+
+
 def test_a_run_without_adapters_has_no_rank(lora_run: RunRecord) -> None:
     (row,) = run_table([lora_run.model_copy(update={"modules": []})])
     assert row[2] == "none"
@@ -25,6 +29,18 @@ def test_a_run_without_adapters_has_no_rank(lora_run: RunRecord) -> None:
 
 def test_methods_alone_name_runs_that_differ_in_method(gated_run: RunRecord, lora_run: RunRecord) -> None:
     assert labels([gated_run, lora_run]) == ["bayesian-lora", "lora"]
+
+
+def test_tasks_name_runs_of_one_method(lora_run: RunRecord, gated_run: RunRecord) -> None:
+    other = lora_run.model_copy(update={"data": lora_run.data.model_copy(update={"task": "rte"}), "seed": 43})
+    assert labels([lora_run, other]) == ["lora, film-reviews", "lora, rte"]
+    assert labels([lora_run, other, gated_run])[2] == "bayesian-lora, film-reviews"
+
+
+def test_task_and_seed_name_runs_where_neither_suffices(lora_run: RunRecord) -> None:
+    tasks = [lora_run.data.model_copy(update={"task": task}) for task in ("mrpc", "rte")]
+    again = [lora_run.model_copy(update={"data": data, "seed": seed}) for data in tasks for seed in (1, 2)]
+    assert labels(again) == ["lora, mrpc, seed 1", "lora, mrpc, seed 2", "lora, rte, seed 1", "lora, rte, seed 2"]
 
 
 def test_seeds_name_runs_of_one_method(lora_run: RunRecord) -> None:

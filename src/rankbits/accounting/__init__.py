@@ -1,0 +1,1 @@
+"""What it costs: matrix products, parameters and bytes, as plain integers. Only `measure` knows torch."""

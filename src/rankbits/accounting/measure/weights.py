@@ -1,0 +1,153 @@
+"""The tensors that inference keeps, with the widths they can be packed in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from rankbits.accounting.measure.adapters import Learned, adapter_parameters
+from rankbits.accounting.measure.places import base_name
+from rankbits.accounting.measure.provenance import WIDEST, dtype_bits
+from rankbits.accounting.measure.quantized import opaque_weight_bits, scale_count
+from rankbits.records import CountOptions, WeightRecord
+from rankbits.records.costs import Width
+from rankbits.tuners.bayesian_lora import BayesianLoraLinear, LayerSummary
+from rankbits.tuners.bayesian_lora.layer import ACTIVATION_SITES
+
+_TRAINING_ONLY = frozenset({"ranknum"})
+"""Last names of parameters that inference does not read."""
+VIRTUAL_TOKENS = "prompt_encoder."
+"""Where PEFT keeps prompts and prefixes."""
+
+
+def weight_records(root: nn.Module, learned: Learned, options: CountOptions) -> list[WeightRecord]:
+    """Every tensor of inference once: tied ones under their first name, trained copies in place of their originals.
+
+    Args:
+        root: the model.
+        learned: what its adapters have learned.
+        options: merged adapters leave nothing but their layer's weight, which lies on no grid; look-up tables are
+            listed only with embeddings "in".
+    """
+    merged = options.adapters == "merged"
+    narrow = {} if merged else _base_weight_bits(root, learned)
+    adapters, unused = adapter_parameters(root), _unused(root)
+    found: list[WeightRecord] = []
+    for name, module in root.named_modules():
+        for last, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in unused or last in _TRAINING_ONLY:
+                continue
+            unused.add(id(parameter))
+            if name.startswith(VIRTUAL_TOKENS):
+                found += [] if merged else [_virtual_tokens(name, parameter)]
+            elif id(parameter) not in adapters:
+                found.append(_base_record(name, module, last, narrow.get(id(parameter))))
+            elif adapters[id(parameter)][2] and not merged:
+                found.append(_adapter_record(root, name, parameter, adapters[id(parameter)]))
+    if not merged:
+        for (layer, adapter), entry in learned.layers.items():
+            found += _learned_records(root.get_submodule(layer), base_name(layer), adapter, entry)
+    return [record for record in found if record.operand != "table" or options.embeddings == "in"]
+
+
+def _unused(root: nn.Module) -> set[int]:
+    """Parameters to leave out: originals and inactive copies of what PEFT trains in full, which do not run.
+
+    Those of Bayesian-LoRA too, which are listed by what they have learned.
+    """
+    found: set[int] = set()
+    for module in root.modules():
+        if isinstance(module, BayesianLoraLinear):
+            base = {id(parameter) for parameter in module.get_base_layer().parameters()}
+            found |= {id(parameter) for parameter in module.parameters()} - base
+        if isinstance(module, AuxiliaryTrainingWrapper) and hasattr(module, "modules_to_save"):
+            active = [] if module.disable_adapters else module.active_adapters
+            copies = module.modules_to_save
+            running = [copies[name] for name in active if name in copies] or [module.original_module]
+            keep = {id(parameter) for part in running for parameter in part.parameters()}
+            found |= {id(parameter) for parameter in module.parameters()} - keep
+    return found
+
+
+def _base_weight_bits(root: nn.Module, learned: Learned) -> dict[int, int]:
+    """Widths of base weights that have a quantizer, by their identity."""
+    found = {}
+    for (name, _), entry in learned.layers.items():
+        layer = root.get_submodule(name)
+        if "weight" in entry.bits and isinstance(layer, BaseTunerLayer):
+            found[id(layer.get_base_layer().weight)] = entry.bits["weight"]
+    return found
+
+
+def _base_record(name: str, module: nn.Module, last: str, narrow: int | None) -> WeightRecord:
+    parameter = module._parameters[last]
+    assert parameter is not None
+    elements, bits, scales = parameter.numel(), dtype_bits(parameter), 0
+    packed = opaque_weight_bits(module) if last == "weight" else None
+    if packed is not None:
+        elements, bits, scales = int(module.in_features) * int(module.out_features), packed, scale_count(module)  # type: ignore[arg-type]
+    if narrow is not None:
+        bits, scales = narrow, 1
+    return WeightRecord(
+        module=base_name(name),
+        operand=_operand(module, last, parameter.dim()),
+        elements=elements,
+        bits=cast(Width, bits),
+        scales=scales,
+    )
+
+
+def _virtual_tokens(name: str, parameter: nn.Parameter) -> WeightRecord:
+    adapter = name.removeprefix(VIRTUAL_TOKENS).partition(".")[0]
+    bits = cast(Width, dtype_bits(parameter))
+    return WeightRecord(module=name, operand="prompt", elements=parameter.numel(), bits=bits, adapter=adapter)
+
+
+def _operand(module: nn.Module, last: str, axes: int) -> str:
+    if isinstance(module, nn.Embedding):
+        return "table"
+    own = list(module.parameters(recurse=False))
+    if all(parameter.dim() == 1 for parameter in own) and hasattr(module, "weight"):
+        return "norm"
+    return "W0" if axes >= 2 else "bias" if last == "bias" else last
+
+
+def _adapter_record(root: nn.Module, name: str, parameter: nn.Parameter, known: tuple[str, str, bool]) -> WeightRecord:
+    operand, adapter, _ = known
+    parts = name.split(".")
+    owners = (".".join(parts[:size]) for size in range(len(parts), -1, -1))
+    owner = next(own for own in owners if isinstance(root.get_submodule(own), BaseTunerLayer))
+    return WeightRecord(
+        module=base_name(owner),
+        operand=operand,
+        elements=parameter.numel(),
+        bits=cast(Width, dtype_bits(parameter)),
+        adapter=adapter,
+    )
+
+
+def _learned_records(layer: nn.Module, name: str, adapter: str, entry: LayerSummary) -> Iterator[WeightRecord]:
+    """A, E and B at their hard rank, and the ranges of quantizers of activations."""
+    assert isinstance(layer, BayesianLoraLinear)
+    sizes = {
+        "A": ("down", entry.rank * layer.in_features),
+        "E": ("diagonal", entry.rank),
+        "B": ("up", entry.rank * layer.out_features),
+    }
+    for operand, (site, elements) in sizes.items():
+        bits = entry.bits.get(site, WIDEST)
+        yield WeightRecord(
+            module=name,
+            operand=operand,
+            elements=elements,
+            bits=cast(Width, bits),
+            scales=int(site in entry.bits),
+            adapter=adapter,
+        )
+    ranges = sum(site.value in entry.bits for site in ACTIVATION_SITES)
+    if ranges:
+        yield WeightRecord(module=name, operand="ranges", elements=ranges, adapter=adapter)

@@ -1,0 +1,109 @@
+"""One CostRecord from a model's shape alone: what a forward pass will cost before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from rankbits.accounting.macs import elements, products
+from rankbits.accounting.methods import FIXED_DOWN, FIXED_UP, LOW_RANK, WITH_DIAGONAL, active_rank, can_merge, mora_side
+from rankbits.accounting.params import targeted
+from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Rows, Table
+from rankbits.accounting.widths import FOUR_BIT_BASES
+from rankbits.records import CostRecord, CountOptions, WeightRecord
+from rankbits.records.costs import Width
+
+INDEX_BITS: Width = 32
+NF4_BLOCK = 64
+"""Weights that share a scale in a 4-bit base (Dettmers et al. 2023)."""
+
+
+def predict(shape: ModelShape, options: CountOptions, spec: MethodSpec | None = None) -> CostRecord:
+    """What one forward pass costs, with the weights it needs.
+
+    Args:
+        shape: the model.
+        options: lengths, batch, what is counted.
+        spec: the method that adapted it; None is the base model.
+
+    Raises:
+        ModelError: a length does not suit the model, or the method does not suit it.
+    """
+    return CostRecord(
+        options=options,
+        products=products(shape, options, spec),
+        reference_macs=sum(product.macs for product in products(shape, options)),
+        elements=elements(shape, options, spec),
+        weights=list(weights(shape, options, spec)),
+    )
+
+
+def weights(shape: ModelShape, options: CountOptions, spec: MethodSpec | None = None) -> Iterator[WeightRecord]:
+    """Every tensor that inference keeps, with its width: look-up tables where the options count them.
+
+    Floats are `options.float_bits` wide. A merged weight is a float, because the sum lies on no grid.
+    """
+    unmerged = spec is not None and (options.adapters == "unmerged" or not can_merge(spec.method))
+    adapted = {linear.name for linear in targeted(shape, spec)} if spec is not None and unmerged else set()
+    for part in shape.parts:
+        if isinstance(part, Linear):
+            yield from _linear(part, options, spec if unmerged else None)
+            if spec is not None and part.name in adapted:
+                yield from _adapter(part, spec, options.float_bits)
+        elif isinstance(part, Convolution):
+            volume = part.c_in * part.c_out // part.groups * prod(part.kernel)
+            yield WeightRecord(module=part.name, operand="W0", elements=volume, bits=options.float_bits)
+            if part.bias:
+                yield WeightRecord(module=part.name, operand="bias", elements=part.c_out, bits=options.float_bits)
+        elif isinstance(part, Norm):
+            size = part.width * (2 if part.bias else 1)
+            yield WeightRecord(module=part.name, operand="norm", elements=size, bits=options.float_bits)
+        elif isinstance(part, Table) and options.embeddings == "in":
+            size = part.entries * part.width
+            yield WeightRecord(module=part.name, operand="table", elements=size, bits=options.float_bits)
+
+
+def _linear(linear: Linear, options: CountOptions, spec: MethodSpec | None) -> Iterator[WeightRecord]:
+    size, floats = linear.d_in * linear.d_out, options.float_bits
+    if linear.tied_to is None or options.embeddings == "out":
+        # A head that shares the table's weight needs it even where tables are not counted.
+        is_head = linear.op == "head" or linear.rows is Rows.SEQUENCES
+        if spec is not None and spec.method in FOUR_BIT_BASES and not is_head:
+            yield WeightRecord(module=linear.name, operand="W0", elements=size, bits=4, scales=-(-size // NF4_BLOCK))
+        else:
+            yield _tensor(linear, "W0", size, "weight", spec, floats)
+    if linear.bias:
+        yield WeightRecord(module=linear.name, operand="bias", elements=linear.d_out, bits=floats)
+
+
+def _adapter(linear: Linear, spec: MethodSpec, floats: int) -> Iterator[WeightRecord]:
+    rank, method = active_rank(linear, spec), spec.method
+    sizes: list[tuple[str, int, str]] = []
+    if method in LOW_RANK or method in FIXED_UP:
+        sizes.append(("A", rank * linear.d_in, "down"))
+    if method in WITH_DIAGONAL:
+        sizes.append(("E", rank, "diagonal"))
+    if method in LOW_RANK or method in FIXED_DOWN:
+        sizes.append(("B", rank * linear.d_out, "up"))
+    if method in {Method.DORA, Method.QDORA}:
+        sizes.append(("magnitude", linear.d_out, ""))
+    if method is Method.MORA:
+        sizes.append(("M", mora_side(linear, spec.rank) ** 2, ""))
+    for operand, size, site in sizes:
+        yield _tensor(linear, operand, size, site, spec, floats).model_copy(update={"adapter": "default"})
+    if method in FIXED_DOWN | FIXED_UP:
+        yield WeightRecord(module=linear.name, operand="indices", elements=rank, bits=INDEX_BITS, adapter="default")
+
+
+def _tensor(linear: Linear, operand: str, size: int, site: str, spec: MethodSpec | None, floats: int) -> WeightRecord:
+    widths = spec.widths.get(linear.name, {}) if spec is not None else {}
+    width = widths.get(site)
+    return WeightRecord.model_validate(
+        {
+            "module": linear.name,
+            "operand": operand,
+            "elements": size,
+            "bits": floats if width is None else width,
+            "scales": 0 if width is None else 1,
+        }
+    )

@@ -1,0 +1,69 @@
+"""Bits of operands: which learned width of which layer reaches which matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from rankbits.accounting.spec import Attention, Method, MethodSpec, ModelShape, Rows
+from rankbits.records import Product
+
+FLOAT = 32
+"""Width of whatever has no quantizer: unknown is 32, never omitted."""
+FOUR_BIT_BASES = frozenset({Method.QLORA, Method.QDORA, Method.QSBORA_FA, Method.QSBORA_FB})
+
+_SITE_OF_OPERAND = {"x": "input", "rel": "input", "W0": "weight", "A": "down", "B": "up", "h": "diagonal_output"}
+
+
+def with_widths(
+    products: Sequence[Product], shape: ModelShape, spec: MethodSpec | None, *, merged: bool
+) -> list[Product]:
+    """The products with the width of each operand.
+
+    A weight or an input has its quantizer's width. A layer's output has its output quantizer's, and keeps it on the way
+    into attention unless positions rotate it. Attention probabilities are floats. A merged
+    weight Q(W0) + B E A lies on no grid, so it is a float, and so is the weight of a merged 4-bit base.
+
+    Args:
+        products: as listed by the formulas, all 32 bits wide.
+        shape: the model.
+        spec: the method, with its widths; None is the base model.
+        merged: whether adapters have become part of the weights.
+    """
+    if spec is None or (merged and not spec.widths):
+        return list(products)
+    attentions = {attention.name: attention for attention in shape.attentions()}
+    shared = {linear.name for linear in shape.linears() if linear.position_rows}
+    stored = {} if merged else _four_bit_weights(shape, spec)
+    widened = []
+    for product in products:
+        attention = attentions.get(product.module)
+        if product.kind == "act" and attention is not None:
+            made_by = _makers(attention, shared)
+            bits = {name: _output_bits(made_by.get(name), spec.widths) for name in (product.left, product.right)}
+        else:
+            own = spec.widths.get(product.module, {})
+            bits = {name: own.get(_SITE_OF_OPERAND.get(name, ""), FLOAT) for name in (product.left, product.right)}
+            if product.right == "W0":
+                bits["W0"] = FLOAT if merged else bits["W0"] if own else stored.get(product.module, FLOAT)
+        widened.append(product.model_copy(update={"bits_left": bits[product.left], "bits_right": bits[product.right]}))
+    return widened
+
+
+def _makers(attention: Attention, shared: Collection[str]) -> dict[str, str]:
+    """Which layer's output each operand of attention is, unchanged; what positions rotate is no longer an output."""
+    made_by = {"v": attention.values}
+    if not attention.rotary:
+        made_by |= {"q": attention.queries, "k": attention.keys}
+    positions = {"pos_k": attention.keys, "pos_q": attention.queries}
+    return made_by | {operand: layer for operand, layer in positions.items() if layer in shared}
+
+
+def _output_bits(layer: str | None, widths: Mapping[str, Mapping[str, int]]) -> int:
+    return FLOAT if layer is None else widths.get(layer, {}).get("output", FLOAT)
+
+
+def _four_bit_weights(shape: ModelShape, spec: MethodSpec) -> dict[str, int]:
+    """QLoRA's base: every linear layer but the heads is stored in 4 bits (Dettmers et al. 2023)."""
+    if spec.method not in FOUR_BIT_BASES:
+        return {}
+    return {linear.name: 4 for linear in shape.linears() if linear.op != "head" and linear.rows is not Rows.SEQUENCES}
