@@ -148,3 +148,34 @@ def test_each_quantizer_keeps_what_its_formula_says(quantizers: list[str], learn
     settings = TrainingSettings(batch=BATCH, sequence_length=LENGTH)
     found = forward_bytes(shape, spec, settings)
     assert found.kept + found.logits == kept_bytes(settled(model, inputs), inputs)[0]
+
+
+@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision_is_within_a_seventh(family: str, method: Method, autocast: bool) -> None:
+    model, shape, inputs = build(family)
+    model = adapt(model if autocast else model.to(torch.bfloat16), family, method)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        measured = kept_bytes(settled(model, inputs), inputs)[0]
+    base: Any = "fp32" if autocast else "bf16"
+    settings = TrainingSettings(batch=BATCH, sequence_length=LENGTH, dropout=False, precision="bf16", base=base)
+    found = forward_bytes(shape, described(family, method), settings)
+    assert found.kept + found.logits == pytest.approx(measured, rel=1 / 7)
+
+
+@pytest.mark.parametrize(("family", "method"), [("bert", Method.FULL), ("llama", Method.FULL), ("llama", Method.LORA)])
+def test_checkpointing_keeps_block_inputs_and_one_block_at_a_time(family: str, method: Method) -> None:
+    def measured(layers: int, *, checkpointing: bool) -> int:
+        model, _, inputs = build(family, layers=layers)
+        model = adapt(model, family, method)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        return kept_bytes(model, inputs)[0]
+
+    # What one more block keeps is what running it again will need.
+    block = measured(3, checkpointing=False) - measured(2, checkpointing=False)
+    expected = measured(3, checkpointing=True) + block
+    _, shape, _ = build(family, layers=3)
+    settings = TrainingSettings(batch=BATCH, sequence_length=LENGTH, dropout=False, checkpointing=True)
+    found = forward_bytes(shape, described(family, method), settings)
+    assert found.kept + found.logits == pytest.approx(expected, rel=0.03)

@@ -58,7 +58,7 @@ class Expectation:
 
 
 def parse_budget(text: str, reference_bits: int = 16) -> Budget:
-    """The budget that a text such as "bops=0.25", "bytes=0.30", "bits=4.0" or "rank=2.5" names.
+    """The budget that a text such as "bops=0.5", "bytes=0.3", "bits=4.0" or "rank=2.5" names.
 
     Raises RecipeError for another quantity, a limit that is not a positive number, or another reference than 16 or 32.
     """
@@ -70,7 +70,7 @@ def parse_budget(text: str, reference_bits: int = 16) -> Budget:
         limit = 0.0
     if name not in names or not isfinite(limit) or limit <= 0:
         raise RecipeError(
-            f"budget: given {text!r}, expected one of {', '.join(names)}, '=' and a number above 0, such as bops=0.25"
+            f"budget: given {text!r}, expected one of {', '.join(names)}, '=' and a number above 0, such as bits=4"
         )
     matching = [reference for reference in REFERENCES if reference == reference_bits]
     if not matching:

@@ -6,14 +6,26 @@ from collections.abc import Iterator
 from math import prod
 
 from rankbits.accounting.macs import elements, products
-from rankbits.accounting.methods import FIXED_DOWN, FIXED_UP, LOW_RANK, WITH_DIAGONAL, active_rank, can_merge, mora_side
-from rankbits.accounting.params import targeted
+from rankbits.accounting.methods import (
+    FIXED_DOWN,
+    FIXED_UP,
+    LOW_RANK,
+    WITH_DIAGONAL,
+    active_rank,
+    adapted_ends,
+    bottleneck_width,
+    can_merge,
+    mora_side,
+)
+from rankbits.accounting.params import count, targeted
 from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Rows, Table
 from rankbits.accounting.widths import FOUR_BIT_BASES
 from rankbits.records import CostRecord, CountOptions, WeightRecord
 from rankbits.records.costs import Width
 
 INDEX_BITS: Width = 32
+ACTIVATION_SITES = frozenset({"input", "down_output", "diagonal_output", "output"})
+"""Quantizers of activations: their ranges come with no weight, so they are kept by themselves."""
 NF4_BLOCK = 64
 """Weights that share a scale in a 4-bit base (Dettmers et al. 2023)."""
 
@@ -61,6 +73,8 @@ def weights(shape: ModelShape, options: CountOptions, spec: MethodSpec | None = 
         elif isinstance(part, Table) and options.embeddings == "in":
             size = part.entries * part.width
             yield WeightRecord(module=part.name, operand="table", elements=size, bits=options.float_bits)
+    if spec is not None and unmerged:
+        yield from _between_layers(shape, spec, options.float_bits)
 
 
 def _linear(linear: Linear, options: CountOptions, spec: MethodSpec | None) -> Iterator[WeightRecord]:
@@ -91,8 +105,22 @@ def _adapter(linear: Linear, spec: MethodSpec, floats: int) -> Iterator[WeightRe
         sizes.append(("M", mora_side(linear, spec.rank) ** 2, ""))
     for operand, size, site in sizes:
         yield _tensor(linear, operand, size, site, spec, floats).model_copy(update={"adapter": "default"})
+    ranges = sum(site in ACTIVATION_SITES for site in spec.sites)
+    if ranges:
+        yield WeightRecord(module=linear.name, operand="ranges", elements=ranges, bits=32, adapter="default")
     if method in FIXED_DOWN | FIXED_UP:
         yield WeightRecord(module=linear.name, operand="indices", elements=rank, bits=INDEX_BITS, adapter="default")
+
+
+def _between_layers(shape: ModelShape, spec: MethodSpec, floats: Width) -> Iterator[WeightRecord]:
+    """What methods keep that do not sit on single layers: bottlenecks where sub-layers end, a prefix, a prompt."""
+    for end in adapted_ends(shape, spec):
+        hidden, width = end.linear.d_out, bottleneck_width(shape, spec)
+        for operand, size in (("D", hidden * width), ("U", width * hidden), ("bias", width + hidden)):
+            yield WeightRecord(module=end.linear.name, operand=operand, elements=size, bits=floats, adapter="default")
+    if spec.method in {Method.PREFIX, Method.PROMPT}:
+        size = count(shape, spec).adapter
+        yield WeightRecord(module=shape.name, operand="virtual tokens", elements=size, bits=floats, adapter="default")
 
 
 def _tensor(linear: Linear, operand: str, size: int, site: str, spec: MethodSpec | None, floats: int) -> WeightRecord:

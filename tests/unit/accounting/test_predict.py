@@ -7,7 +7,18 @@ import pytest
 from rankbits.accounting.macs import products
 from rankbits.accounting.params import base_parameters, count
 from rankbits.accounting.predict import predict
-from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Rows, Table
+from rankbits.accounting.spec import (
+    Activation,
+    Attention,
+    Convolution,
+    Linear,
+    Method,
+    MethodSpec,
+    ModelShape,
+    Norm,
+    Rows,
+    Table,
+)
 from rankbits.records import CountOptions
 
 SHAPE = ModelShape(
@@ -66,6 +77,21 @@ def test_mora_keeps_one_square_matrix_per_layer() -> None:
     assert _elements(predict(SHAPE, UNMERGED, spec), adapter=True) == count(SHAPE, spec).adapter
 
 
+@pytest.mark.parametrize("method", [Method.HOULSBY, Method.PFEIFFER, Method.PARALLEL, Method.PREFIX, Method.PROMPT])
+def test_what_never_merges_is_kept_too(method: Method) -> None:
+    shape = replace(
+        SHAPE,
+        parts=(
+            Attention("self", "q", "q", "v", 2, 2, 16),
+            Linear("o", 32, 64),
+            Activation("act", 80),
+            Linear("down", 80, 64),
+        ),
+    )
+    spec = MethodSpec(method, width=4, virtual_tokens=3)
+    assert _elements(predict(shape, OPTIONS, spec), adapter=True) == count(shape, spec).adapter > 0
+
+
 def test_learned_widths_and_ranks_are_what_is_kept() -> None:
     widths = {"q": {"weight": 4, "down": 2, "diagonal": 8, "up": 16}}
     spec = MethodSpec(Method.BAYESIAN_LORA, rank=4, sites=("weight",), widths=widths, ranks={"q": 2})
@@ -78,6 +104,12 @@ def test_learned_widths_and_ranks_are_what_is_kept() -> None:
     assert kept["v", "A"] == (256, 32, 0)
     merged = {(w.module, w.operand): w.bits for w in predict(SHAPE, OPTIONS, spec).weights}
     assert merged["q", "W0"] == 32
+
+
+def test_ranges_of_activations_are_kept_by_themselves() -> None:
+    spec = MethodSpec(Method.BAYESIAN_LORA, rank=4, targets=("q",), sites=("weight", "input", "output"))
+    kept = [w for w in predict(SHAPE, UNMERGED, spec).weights if w.operand == "ranges"]
+    assert [(w.module, w.elements, w.bits) for w in kept] == [("q", 2, 32)]
 
 
 def test_a_four_bit_base_has_a_scale_for_each_block_and_full_heads() -> None:
