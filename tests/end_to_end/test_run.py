@@ -45,6 +45,20 @@ def test_a_finished_run_is_not_repeated(work):
     assert run(_recipe(folder), command="second") == record
 
 
+def test_the_record_holds_what_a_forward_pass_costs(work):
+    folder, record = work
+    costs = record.costs
+    length = _recipe(folder).task.max_length
+    assert (costs.options.query_len, costs.options.key_len) == (length, length)
+    assert costs.options.adapters == "unmerged", "quantized activations cannot be merged"
+    assert costs.adapter_share > 0
+    by_matrix = {module.name: module for module in record.modules}
+    products = {(p.module, p.op): p for p in costs.products}
+    for name, module in by_matrix.items():
+        assert products[name, "linear"].bits_right == module.bits["weight"]
+        assert products[name, "lora_down"].n == module.rank
+
+
 def test_the_folder_of_another_recipe_is_refused_and_untouched(work):
     folder, record = work
     with pytest.raises(RunFolderError, match=r"training\.seed \(42 there, 7 here\)"):

@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from rankbits.cli.estimate import estimate
 from rankbits.cli.evaluate import evaluate
 from rankbits.cli.guard import guarded
 from rankbits.cli.list import list_kind
+from rankbits.cli.published import published
 from rankbits.cli.quickstart import quickstart
 from rankbits.cli.report import report
 from rankbits.cli.train import train
@@ -30,6 +32,8 @@ _VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "evaluate": evaluate,
     "report": report,
+    "estimate": estimate,
+    "published": published,
     "validate": validate,
     "list": list_kind,
 }

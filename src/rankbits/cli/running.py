@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from rankbits.errors import RankbitsError
 
 if TYPE_CHECKING:
     from rankbits.recipes.schema import Recipe
-    from rankbits.records import RunRecord
+    from rankbits.records import CostRecord, RunRecord
 
 RECORD = "record.json"
 PAGE = "report.html"
@@ -32,7 +32,6 @@ def run_recipe(recipe: Recipe, command: str) -> RunRecord:
     from rankbits.cli.progress import progress
     from rankbits.recipes.run import run
 
-    _silence_other_bars()
     quiet_libraries()
     try:
         with progress(Console(stderr=True)) as bar, stop_on_interrupt() as stop:
@@ -40,15 +39,6 @@ def run_recipe(recipe: Recipe, command: str) -> RunRecord:
     except KeyboardInterrupt as interruption:
         message = f"stopped; `{command}` resumes from the last checkpoint in {recipe.output}"
         raise KeyboardInterrupt(message) from interruption
-
-
-def _silence_other_bars() -> None:
-    # Reading weights and mapping rows take seconds; their bars would only tear ours apart.
-    import datasets
-    from transformers.utils import logging
-
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
 
 
 def quiet_libraries() -> None:
@@ -63,15 +53,21 @@ def quiet_libraries() -> None:
 
 def print_runs(records: Sequence[RunRecord]) -> None:
     """Print runs beside each other, one row each, and below them what they cost, with all conditions."""
-    from rankbits.reports.costs import NOT_COUNTED, compare_costs
+    from rankbits.reports.costs import NOT_COUNTED
     from rankbits.reports.tables import COLUMNS, labels, run_table
 
     _print_table(COLUMNS, run_table(records))
     if all(record.costs is None for record in records):
         typer.echo(f"costs: {NOT_COUNTED}")
         return
-    names = labels(records)
-    compared = compare_costs({name: record.costs for name, record in zip(names, records, strict=True)})
+    print_cost_comparison({name: record.costs for name, record in zip(labels(records), records, strict=True)})
+
+
+def print_cost_comparison(costs: Mapping[str, CostRecord | None]) -> None:
+    """Print costs beside each other, and below them the conditions without which they mean nothing."""
+    from rankbits.reports.costs import compare_costs
+
+    compared = compare_costs(costs)
     _print_table(compared.columns, compared.rows)
     for note in compared.notes:
         Console().print(note, markup=False, highlight=False)

@@ -8,6 +8,7 @@ import re
 import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -50,6 +51,15 @@ def peak_memory_bytes() -> int:
     """Largest memory this process has held: on the accelerator if there is one, else resident; 0 if unknown."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    try:
+        # Linux hands ru_maxrss on to the programs a process starts, so that a child would show its parent's peak.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError, ValueError):
+        return _largest_resident_set()
+
+
+def _largest_resident_set() -> int:
     try:
         import resource
     except ImportError:

@@ -1,4 +1,4 @@
-"""One experiment from recipe to record: load, attach, train, harden, evaluate, record."""
+"""One experiment from recipe to record: load, attach, train, harden, evaluate, save, account, record."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ from transformers import (
 )
 
 from rankbits import tasks
+from rankbits.accounting.measure import cost
+from rankbits.accounting.measure.inputs import largest_length
 from rankbits.errors import ModelError, RecipeError, RunFolderError
 from rankbits.recipes import facts, methods, models
 from rankbits.recipes.run_folder import ADAPTER_FOLDER, RECIPE_FILE, RECORD_FILE, RunFolder, read_recipe, work_of
 from rankbits.recipes.schema import Recipe
-from rankbits.records import DataRecord, RunRecord, ScoreRecord, TrainingRecord, recipe_hash
+from rankbits.records import CostRecord, DataRecord, RunRecord, ScoreRecord, TrainingRecord, recipe_hash
 from rankbits.tasks import Task, TaskData
 from rankbits.training.callback import FiniteLossCallback, RankbitsCallback
 from rankbits.training.groups import GateRates, optimizer_and_scheduler
@@ -114,14 +116,26 @@ def run(
         parameters=parameters,
         modules=modules,
         history=_history(trainer),
+        costs=_account(model, recipe, announce),
     )
     record.write(folder.path / RECORD_FILE)
     return record
 
 
+def _account(model: PeftModel, recipe: Recipe, announce: Callable[[str], object]) -> CostRecord | None:
+    """What a forward pass costs at the task's longest rows; None, said aloud, where that cannot be counted."""
+    announce("account: counting one forward pass")
+    try:
+        return cost(model, sequence_length=recipe.task.max_length)
+    except ModelError as reason:
+        # Training is over: a model that runs but cannot be counted still gets its record.
+        announce(f"account: not counted: {reason}")
+        return None
+
+
 def _check_length(recipe: Recipe, base: PreTrainedModel) -> None:
-    positions = getattr(base.config, "max_position_embeddings", None)
-    if positions is not None and 0 < positions < recipe.task.max_length:
+    positions = largest_length(base)
+    if positions is not None and positions < recipe.task.max_length:
         raise ModelError(
             f"task.max_length: given {recipe.task.max_length}, but {recipe.model!r} has {positions} positions, so at "
             f"most {positions}"
