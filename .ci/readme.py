@@ -15,7 +15,7 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = ("sh", "bash", "console")
 # Verbs that need a finished run, and others too long to repeat here, are checked by their help text only.
 TRAINING = ("train", "quickstart")
-CHEAP = ("list", "validate", "--help", "--version")
+CHEAP = ("list", "validate", "estimate", "published", "--help", "--version")
 
 
 def commands(text: str) -> list[str]:
@@ -55,11 +55,14 @@ def main(readme: str) -> int:
             continue
         print(f"{command}  ->  {shlex.join(words)}", flush=True)
         failures += subprocess.run(words, env=environment, stdout=subprocess.DEVNULL, check=False).returncode != 0
+    so_far = ""
     for language, body in FENCE.findall(text):
         if language == "python":
+            # A reader goes on where the block before left off.
+            so_far += body
             print(body.strip().splitlines()[0], "...", flush=True)
             with tempfile.TemporaryDirectory() as folder:
-                block = [sys.executable, "-c", body]
+                block = [sys.executable, "-c", so_far]
                 failures += subprocess.run(block, env=environment, cwd=folder, check=False).returncode != 0
     print(f"{failures} of them failed" if failures else "README: every command works")
     return 1 if failures else 0

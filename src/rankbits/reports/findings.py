@@ -57,4 +57,4 @@ def _cost_sentence(costs: CostRecord) -> str:
     work = f"One forward pass of {o.query_len} tokens, batch {o.batch}, adapters {o.adapters}, is {si(costs.macs)} MACs"
     if not costs.integer_share:
         return f"{work}, none of which an integer kernel can execute."
-    return f"{work}, of which an integer kernel can execute {costs.integer_share:.0%}."
+    return f"{work}, of which an integer kernel can execute {costs.integer_share:.1%}."

@@ -74,7 +74,7 @@ def test_pruned_ranks_are_learned_ranks(pruned_run: RunRecord) -> None:
 def test_costs_are_told_as_macs_and_their_integer_share(lora_run: RunRecord, narrow_costs: CostRecord) -> None:
     assert findings(lora_run.model_copy(update={"costs": narrow_costs}))[2] == (
         "One forward pass of 20 tokens, batch 1, adapters merged, is 1.000 K MACs, of which an integer kernel can "
-        "execute 60%."
+        "execute 60.0%."
     )
 
 

@@ -15,8 +15,8 @@ from rankbits.reports.tables import labels
 
 BOPS_COLUMNS = (
     "run", "task", "metric", "split", "score", "query_len", "key_len", "source_len", "batch", "adapters", "positions",
-    "head", "macs", "integer_macs", "bops_nominal", "bops_executable", "reference_macs", "reference_bops_16",
-    "reference_bops_32",
+    "head", "causal", "lengths", "float_bits", "int4", "macs", "integer_macs", "bops_nominal", "bops_executable",
+    "reference_macs", "reference_bops_16", "reference_bops_32",
 )  # fmt: skip
 BYTES_COLUMNS = ("run", "task", "metric", "split", "score", "weight_bytes", "embeddings")
 
@@ -38,7 +38,7 @@ def score_by_bops(runs: Runs) -> Figure | None:
         else "as absolute numbers, because the runs have no common reference"
     )
     shares = [costs.integer_share for costs in counted.values()]
-    between = f"between {min(shares):.0%} and {max(shares):.0%}" if min(shares) < max(shares) else f"{shares[0]:.0%}"
+    between = f"between {min(shares):.1%} and {max(shares):.1%}" if min(shares) < max(shares) else f"{shares[0]:.1%}"
     notes = ["Filled: executable bits. Hollow: nominal bits.", *comparison_notes(counted)]
     notes.append(f"Integer kernels can execute {between} of the MACs.")
     return Figure(
@@ -109,7 +109,9 @@ def _score(runs: Runs, name: str) -> tuple[str, str, str, float]:
 def _bops_row(runs: Runs, name: str, costs: CostRecord) -> tuple[Cell, ...]:
     o = costs.options
     integer_macs = sum(part.integer_macs for part in breakdown(costs, lambda product: product.op))
-    conditions = (o.query_len, o.key_len, o.source_len, o.batch, o.adapters, o.positions, o.head)
+    lengths = " ".join(map(str, o.lengths or []))
+    counted = (o.query_len, o.key_len, o.source_len, o.batch, o.adapters, o.positions, o.head)
+    conditions = (*counted, o.causal, lengths, o.float_bits, int(o.int4))
     totals = (costs.macs, integer_macs, costs.bops, costs.executable_bops, costs.reference_macs)
     return (name, *_score(runs, name), *conditions, *totals, *(costs.reference_bops(bits) for bits in REFERENCES))
 

@@ -48,7 +48,7 @@ class TestBitOperations:
         said = " ".join(texts(_bops(runs)))
         for condition in (
             "256,000 BOPs at 16 × 16 bits and 1,024,000 BOPs at 32 × 32 bits", "20 query and 20 key tokens, batch 1",
-            "adapters merged", "adapters unmerged", "linear 2, scores 1", "between 0% and 60% of the MACs",
+            "adapters merged", "adapters unmerged", "linear 2, scores 1", "between 0.0% and 60.0% of the MACs",
         ):  # fmt: skip
             assert condition in said
 
@@ -79,7 +79,8 @@ class TestBitOperations:
         assert row == {
             "run": "bayesian-lora, mrpc", "task": "mrpc", "metric": "accuracy", "split": "validation",
             "score": 78.125, "query_len": 20, "key_len": 20, "source_len": None, "batch": 1, "adapters": "merged",
-            "positions": "recomputed", "head": "out", "macs": 1000, "integer_macs": 600, "bops_nominal": 60_800,
+            "positions": "recomputed", "head": "out", "causal": "dense", "lengths": "", "float_bits": 32, "int4": 0,
+            "macs": 1000, "integer_macs": 600, "bops_nominal": 60_800,
             "bops_executable": 371_200, "reference_macs": 1000, "reference_bops_16": 256_000,
             "reference_bops_32": 1_024_000,
         }  # fmt: skip
