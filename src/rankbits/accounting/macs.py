@@ -42,24 +42,20 @@ def products(shape: ModelShape, options: CountOptions, spec: MethodSpec | None =
     Raises:
         ModelError: a length does not suit the model, or the method's targets match nothing.
     """
-    check_lengths(shape, options, extra_keys(spec) + extra_tokens(spec) if spec is not None else 0)
-    beside = spec is not None and (options.adapters == "unmerged" or not can_merge(spec.method))
-    if spec is not None and beside:
-        options = _with_virtual_tokens(options, spec)
-        adapted = {linear.name for linear in targeted(shape, spec)}
+    options, beside, adapted = _resolved(shape, options, spec)
     listed: list[Product] = []
     for part in shape.parts:
         if isinstance(part, Linear):
             listed += _linear_products(part, options)
-            if spec is not None and beside and part.name in adapted:
-                listed += _beside(part, spec, options)
+            if beside is not None and part.name in adapted:
+                listed += _products_beside(part, beside, options)
         elif isinstance(part, Convolution):
             listed += _convolution_products(part, options)
         elif isinstance(part, Attention):
-            listed += _attention_products(part, options, extra_keys(spec) if spec is not None and beside else 0)
-    if spec is not None and beside:
-        listed += sublayer_products(shape, spec, *_stack_rows(options))
-    return with_widths(listed, shape, spec, merged=not beside)
+            listed += _attention_products(part, options, extra_keys(beside) if beside is not None else 0)
+    if beside is not None:
+        listed += sublayer_products(shape, beside, *_stack_rows(options))
+    return with_widths(listed, shape, spec, merged=beside is None)
 
 
 def elements(shape: ModelShape, options: CountOptions, spec: MethodSpec | None = None) -> list[ElementWork]:
@@ -67,20 +63,26 @@ def elements(shape: ModelShape, options: CountOptions, spec: MethodSpec | None =
 
     Raises ModelError as `products` does.
     """
-    check_lengths(shape, options, extra_keys(spec) + extra_tokens(spec) if spec is not None else 0)
-    beside = spec is not None and (options.adapters == "unmerged" or not can_merge(spec.method))
-    if spec is not None and beside:
-        options = _with_virtual_tokens(options, spec)
-        adapted = {linear.name for linear in targeted(shape, spec)}
+    options, beside, adapted = _resolved(shape, options, spec)
     work: list[ElementWork] = []
     for part in shape.parts:
         work += _part_elements(part, shape.hidden, options)
-        if isinstance(part, Linear) and spec is not None and beside and part.name in adapted:
+        if isinstance(part, Linear) and beside is not None and part.name in adapted:
             rows = row_count(part.rows, options) + _position_rows(part, options)
-            work += adapter_elements(part, spec, rows) + _quantizer_elements(part, spec, rows)
-    if spec is not None and beside:
-        work += sublayer_elements(shape, spec, *_stack_rows(options))
+            work += adapter_elements(part, beside, rows) + _quantizer_elements(part, beside, rows)
+    if beside is not None:
+        work += sublayer_elements(shape, beside, *_stack_rows(options))
     return [entry for entry in work if entry.elements]
+
+
+def _resolved(
+    shape: ModelShape, options: CountOptions, spec: MethodSpec | None
+) -> tuple[CountOptions, MethodSpec | None, frozenset[str]]:
+    """Lengths with virtual tokens; the method if it runs beside the weights, else None; the layers it adapts."""
+    check_lengths(shape, options, extra_keys(spec) + extra_tokens(spec) if spec is not None else 0)
+    if spec is None or (options.adapters == "merged" and can_merge(spec.method)):
+        return options, None, frozenset()
+    return _with_virtual_tokens(options, spec), spec, frozenset(linear.name for linear in targeted(shape, spec))
 
 
 def row_count(rows: Rows, options: CountOptions) -> int:
@@ -176,7 +178,7 @@ def _weight_product(linear: Linear, op: str, rows: int, left: str, *, constant: 
     )
 
 
-def _beside(linear: Linear, spec: MethodSpec, options: CountOptions) -> list[Product]:
+def _products_beside(linear: Linear, spec: MethodSpec, options: CountOptions) -> list[Product]:
     """The products of an adapter, which runs wherever its layer runs."""
     found = []
     positions = _position_rows(linear, options)
