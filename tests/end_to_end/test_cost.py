@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import AdaptionPromptConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import (
     BartConfig,
+    BartForConditionalGeneration,
     BartModel,
     BertConfig,
     BertForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     RobertaConfig,
@@ -27,6 +30,7 @@ from rankbits import BayesianLoraConfig, GateSchedule, harden
 from rankbits.accounting.architectures.read import Head, read_shape
 from rankbits.accounting.macs import products
 from rankbits.accounting.measure import cost
+from rankbits.accounting.predict import predict
 from rankbits.accounting.spec import Method, MethodSpec
 from rankbits.errors import ModelError
 from rankbits.records import CostRecord, Product
@@ -245,10 +249,47 @@ def test_weights_of_a_base_model_are_its_parameters(name: str) -> None:
     assert sum(w.elements for w in whole) == sum(p.numel() for p in model.parameters())
     tables = sum(p.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in set(m.parameters()))
     listed = sum(w.elements for w in whole if w.operand == "table")
-    assert (
-        sum(w.elements for w in cost(model, sequence_length=TOKENS).weights) == sum(w.elements for w in whole) - listed
-    )
+    tied = 60 * 32 if name == "t5" else 0  # its head needs the table's weight even where tables are not counted
+    without = sum(w.elements for w in cost(model, sequence_length=TOKENS).weights)
+    assert without == sum(w.elements for w in whole) - listed + tied
     assert 0 < listed <= tables
+
+
+TIED = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "t5": (T5ForConditionalGeneration, MODELS["t5"][1]),
+    "bart": (BartForConditionalGeneration, BartConfig(**BART)),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=4, n_positions=40)),
+}
+
+
+@pytest.mark.parametrize("embeddings", ["out", "in"])
+@pytest.mark.parametrize("name", TIED)
+def test_a_tied_head_needs_its_weight_where_tables_are_not_counted(name: str, embeddings: str) -> None:
+    model_class, config = TIED[name]
+    record = cost(model_class(config), sequence_length=TOKENS, embeddings=embeddings)
+    shape = read_shape(config.to_dict(), name=name, head=Head.LANGUAGE_MODEL)
+    assert record.weight_bytes == predict(shape, record.options).weight_bytes
+    heads = [(w.operand, w.elements) for w in record.weights if w.module == "lm_head"]
+    assert heads == ([("W0", 60 * 32)] if embeddings == "out" else [])
+
+
+def test_work_on_position_rows_and_in_the_head_follows_the_options() -> None:
+    everything, cached = (
+        cost(_model("deberta"), sequence_length=TOKENS, positions=choice) for choice in ("recomputed", "cached")
+    )
+    rows = {(e.module, e.op): e.elements for e in everything.elements}
+    kept = {(e.module, e.op): e.elements for e in cached.elements}
+    key = "deberta.encoder.layer.0.attention.self.key_proj", "bias"
+    assert (rows[key], kept[key]) == ((TOKENS + 2 * 8) * 32, TOKENS * 32)
+
+    def head_work(choice: str) -> int:
+        model = get_peft_model(_model("llama"), LoraConfig(r=2, target_modules=["lm_head"]))
+        record = cost(model, sequence_length=TOKENS, batch=BATCH, head=choice, adapters="unmerged")
+        return sum(work.elements for work in record.elements if work.module == "lm_head")
+
+    assert head_work("out") == 0
+    assert head_work("all") == TOKENS * head_work("last") > 0
 
 
 def test_adapters_are_merged_where_that_is_exact() -> None:
@@ -310,3 +351,12 @@ def test_a_quantizer_that_was_not_calibrated_warns_the_user_and_not_the_count() 
     cost(model, sequence_length=TOKENS)
     with pytest.warns(UserWarning, match="before its range was calibrated"):
         model(input_ids=torch.ones(1, TOKENS, dtype=torch.long))
+
+
+def test_adapters_that_cannot_be_seen_are_refused_by_name() -> None:
+    config = AdaptionPromptConfig(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM")
+    model = get_peft_model(_model("llama"), config)
+    with pytest.raises(ModelError, match="ADAPTION_PROMPT"):
+        cost(model, sequence_length=TOKENS)
+    with model.disable_adapter():
+        assert cost(model, sequence_length=TOKENS).macs == cost(_model("llama"), sequence_length=TOKENS).macs

@@ -1,10 +1,10 @@
 """Products of encoders, predicted from the config alone, are what PyTorch's FlopCounterMode then counts: no MAC off."""
 
+import counting
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from tiny_models import ABSOLUTE_DEBERTA, BERT, DEBERTA, ENCODERS, live, read
 
 from rankbits.accounting.architectures.config import Head
 from rankbits.accounting.architectures.read import find_config, read_shape
@@ -13,55 +13,16 @@ from rankbits.accounting.params import count
 from rankbits.accounting.spec import Method, MethodSpec
 from rankbits.records import CountOptions
 
-BERT = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-    "vocab_size": 31,
-    "max_position_embeddings": 40,
-}
-DEBERTA = {
-    **BERT,
-    "model_type": "deberta-v2",
-    "type_vocab_size": 0,
-    "relative_attention": True,
-    "position_buckets": 8,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "pos_att_type": "p2c|c2p",
-    "position_biased_input": False,
-}
-SMALL = {
+CASES = ENCODERS | {
     "minilm": {**BERT, "model_type": "bert", "hidden_size": 12, "num_attention_heads": 6, "intermediate_size": 48},
-    "bert": {**BERT, "model_type": "bert"},
-    "roberta": {**BERT, "model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 1},
-    "xlm-roberta": {**BERT, "model_type": "xlm-roberta", "type_vocab_size": 1, "pad_token_id": 1},
-    "camembert": {**BERT, "model_type": "camembert", "type_vocab_size": 1, "pad_token_id": 1},
-    "distilbert": {
-        "model_type": "distilbert",
-        "dim": 24,
-        "hidden_dim": 40,
-        "n_layers": 2,
-        "n_heads": 4,
-        "vocab_size": 31,
-        "max_position_embeddings": 40,
-    },
-    "deberta-v3": DEBERTA,
     "deberta-v2": {**DEBERTA, "conv_kernel_size": 3, "conv_act": "gelu"},
     "deberta-v2 in groups": {**DEBERTA, "conv_kernel_size": 5, "conv_groups": 3},
-    "deberta-v2 with projections for positions": {**DEBERTA, "share_att_key": False},
     "deberta-v2 with c2p alone": {**DEBERTA, "pos_att_type": "c2p"},
     "deberta-v2 with p2c of its own": {**DEBERTA, "pos_att_type": "p2c", "share_att_key": False},
     "deberta-v2 without buckets": {**DEBERTA, "position_buckets": -1},
-    "deberta-v2 with absolute positions": {
-        **DEBERTA,
-        "relative_attention": False,
-        "position_biased_input": True,
-        "pos_att_type": None,
-        "embedding_size": 10,
-    },
+    "deberta-v2 with absolute positions": ABSOLUTE_DEBERTA,
 }
+SMALL = {name: config | {"max_position_embeddings": 40} for name, config in CASES.items()}
 ADAPTED = [
     "minilm",
     "bert",
@@ -88,47 +49,32 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 def _options(batch, tokens, **others):
-    return CountOptions(query_len=tokens, key_len=tokens, batch=batch, **others)
+    return {"query_len": tokens, "key_len": tokens, "batch": batch, **others}
 
 
-def _predicted(config, options, *, head=Head.NONE, num_labels=2, spec=None):
-    shape = read_shape(config, name="predicted", head=head, num_labels=num_labels)
-    return sum(product.macs for product in products(shape, options, spec))
+def _predicted(config, options, *, head=Head.NONE, spec=None):
+    return counting.predicted(config, spec, top=head, **options)
 
 
-def _live(config, *, head=Head.NONE, num_labels=2, device="cpu"):
-    values = {key: value for key, value in config.items() if key not in {"model_type", "_source", "torch_dtype"}}
-    settings = AutoConfig.for_model(config["model_type"], **values, num_labels=num_labels)
-    kind = AutoModel if head is Head.NONE else AutoModelForSequenceClassification
-    with torch.device(device):
-        return kind.from_config(settings, attn_implementation="eager").eval()
-
-
-def _flops(model, batch, tokens):
-    """The counter after one forward pass without gradients."""
+def _pass(model, batch, tokens):
+    """One forward pass, to be run and counted."""
     device = next(model.parameters()).device
     inputs = {"input_ids": torch.full((batch, tokens), 7, device=device)}
     if model.config.model_type == "deberta-v2":
         # Without a mask it looks for padding among the tokens, which have no values on the meta device.
         inputs["attention_mask"] = torch.ones(batch, tokens, device=device)
-    counter = FlopCounterMode(display=False, depth=None)
-    with torch.no_grad(), counter:
-        model(**inputs)
-    return counter
+    return lambda: model(**inputs)
 
 
 def _counted(model, batch, tokens):
-    """MACs of one forward pass: half of the counter's operations."""
-    macs, odd = divmod(_flops(model, batch, tokens).get_total_flops(), 2)
-    assert not odd
-    return macs
+    return counting.counted(_pass(model, batch, tokens))
 
 
 @pytest.mark.parametrize("head", [Head.NONE, Head.CLASSIFICATION])
 @pytest.mark.parametrize("name", SMALL)
 def test_small_encoders_run_the_predicted_products(name, head):
-    predicted = {sizes: _predicted(SMALL[name], _options(*sizes), head=head, num_labels=3) for sizes in BATCHES}
-    model = _live(SMALL[name], head=head, num_labels=3)
+    predicted = {sizes: _predicted(SMALL[name], _options(*sizes), head=head) for sizes in BATCHES}
+    model = live(SMALL[name], head=head)
     assert {sizes: _counted(model, *sizes) for sizes in BATCHES} == predicted
 
 
@@ -136,21 +82,21 @@ def test_small_encoders_run_the_predicted_products(name, head):
 def test_full_size_encoders_run_the_predicted_products(name):
     config, head = find_config(name), Head.CLASSIFICATION
     predicted = {sizes: _predicted(config, _options(*sizes), head=head) for sizes in [(1, 20), (8, 512)]}
-    model = _live(config, head=head, device="meta")
+    model = live(config, head=head, device="meta")
     assert {sizes: _counted(model, *sizes) for sizes in predicted} == predicted
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_every_product_belongs_to_the_module_that_runs_it(name):
-    listed = products(read_shape(SMALL[name], name=name, head=Head.CLASSIFICATION), _options(2, 9))
+    listed = products(read(SMALL[name], Head.CLASSIFICATION), CountOptions(**_options(2, 9)))
     modules = {product.module for product in listed}
     # To the counter a module's work is that of the modules inside it too: q, k and v are inside their attention.
     predicted = {
         module: sum(product.macs for product in listed if f"{product.module}.".startswith(f"{module}."))
         for module in modules
     }
-    model = _live(SMALL[name], head=Head.CLASSIFICATION)
-    flops = _flops(model, 2, 9).get_flop_counts()
+    model = live(SMALL[name], head=Head.CLASSIFICATION)
+    flops = counting.counter_after(_pass(model, 2, 9)).get_flop_counts()
     assert {module: sum(flops[f"{type(model).__name__}.{module}"].values()) // 2 for module in modules} == predicted
 
 
@@ -167,7 +113,7 @@ def test_lora_beside_its_layers_adds_what_was_predicted_and_nothing_once_merged(
     adapters = count(read_shape(config, name=name), spec).trainable
 
     settings = LoraConfig(r=rank, target_modules=names if isinstance(names, str) else list(names))
-    model = get_peft_model(_live(config), settings).eval()
+    model = get_peft_model(live(config), settings).eval()
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == adapters
     assert _counted(model, *sizes) == unmerged > base
     assert _counted(model.merge_and_unload(), *sizes) == merged == base
@@ -179,7 +125,7 @@ def _one_layer():
 
 def _attention(batch, tokens, **others):
     shape = read_shape(_one_layer(), name="one layer")
-    listed = products(shape, _options(batch, tokens, **others))
+    listed = products(shape, CountOptions(**_options(batch, tokens, **others)))
     return sum(product.macs for product in listed if product.module.startswith("encoder.layer.0.attention.self"))
 
 
@@ -197,7 +143,7 @@ def test_one_layer_of_deberta_v3_base(tokens, attention, layer):
     assert attention == 3 * tokens * D**2 + 2 * tokens**2 * D + 2 * tokens * E * D + 2 * E * D**2
     assert _attention(1, tokens) == attention
     assert _predicted(_one_layer(), _options(1, tokens)) == layer == attention + 9 * D**2 * tokens
-    assert _counted(_live(_one_layer(), device="meta"), 1, tokens) == layer
+    assert _counted(live(_one_layer(), device="meta"), 1, tokens) == layer
 
 
 @pytest.mark.parametrize(
@@ -217,7 +163,7 @@ def test_lora_on_q_k_v_of_one_layer_of_deberta_v3_base(rank, added):
     assert unmerged - base == added == 2 * rank * D * (3 * 20 + 2 * E)
     with torch.device("meta"):
         model = get_peft_model(
-            _live(_one_layer(), device="meta"), LoraConfig(r=rank, target_modules=list(spec.targets))
+            live(_one_layer(), device="meta"), LoraConfig(r=rank, target_modules=list(spec.targets))
         ).eval()
     assert _counted(model, 1, 20) == unmerged
 
@@ -228,7 +174,7 @@ def test_real_lengths_cost_what_each_text_costs_alone(name):
     predicted = _predicted(SMALL[name], _options(3, 11, lengths=lengths), head=Head.CLASSIFICATION)
     shape = read_shape(SMALL[name], name=name)
     shared = sum(linear.position_rows * linear.d_in * linear.d_out for linear in shape.linears())
-    model = _live(SMALL[name], head=Head.CLASSIFICATION)
+    model = live(SMALL[name], head=Head.CLASSIFICATION)
     alone = sum(_counted(model, 1, length) for length in lengths)
     # Position rows are projected once for the batch, and three times for three texts alone.
     assert predicted == alone - 2 * shared < _predicted(SMALL[name], _options(3, 11), head=Head.CLASSIFICATION)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_models import sizes
 from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -32,19 +33,11 @@ def allocations(run: Callable[[], object]) -> list[int]:
 def build(family: str) -> tuple[torch.nn.Module, ModelShape, dict[str, torch.Tensor]]:
     config: BertConfig | LlamaConfig
     if family == "bert":
-        config = BertConfig(
-            vocab_size=90, hidden_size=128, num_hidden_layers=3, num_attention_heads=2, intermediate_size=512
-        )
+        config = BertConfig(**sizes(hidden=128, layers=3, heads=2, wide=512, words=90))
         model: torch.nn.Module = BertForSequenceClassification(config)
     else:
-        config = LlamaConfig(
-            vocab_size=90,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
+        grouped = sizes(hidden=128, layers=3, heads=4, wide=384, words=90) | {"num_key_value_heads": 2}
+        config = LlamaConfig(**grouped)
         model = LlamaForCausalLM(config)
     head = Head.CLASSIFICATION if family == "bert" else Head.LANGUAGE_MODEL
     ids = torch.randint(3, 90, (BATCH, LENGTH))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from tiny_models import sizes
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from rankbits import BayesianLoraConfig
@@ -26,23 +27,14 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def bert() -> tuple[Any, ModelShape]:
-    config = BertConfig(
-        vocab_size=30, hidden_size=16, num_hidden_layers=11, num_attention_heads=2, intermediate_size=24
-    )
+    config = BertConfig(**sizes(hidden=16, layers=11, heads=2, wide=24, words=30))
     shape = read_shape(config.to_dict(), name="bert", head=Head.CLASSIFICATION)
     return BertForSequenceClassification(config), shape
 
 
 def llama(*, tied: bool) -> tuple[Any, ModelShape]:
-    config = LlamaConfig(
-        vocab_size=30,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=tied,
-    )
+    small = sizes(hidden=16, layers=2, heads=2, wide=24, words=30)
+    config = LlamaConfig(**small, num_key_value_heads=1, tie_word_embeddings=tied)
     return LlamaForCausalLM(config), read_shape(config.to_dict(), name="llama", head=Head.LANGUAGE_MODEL)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -235,6 +236,8 @@ def test_ranks_that_adalora_has_pruned_are_not_counted() -> None:
         ranks.append({p.op: min(p.k, p.n) for p in record.products if p.adapter})
     # Before the first step all singular values are zero, and none has been pruned.
     assert ranks == [{"lora_down": 4, "lora_up": 4}, {"lora_down": 3, "lora_up": 3}]
+    # The number of ranks is read in training only.
+    assert [w.operand for w in record.weights if w.adapter] == ["A", "B", "E"]
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("Linear4bit", 4), ("Linear8bitLt", 8)])
@@ -255,6 +258,16 @@ def test_layers_of_bitsandbytes_are_counted_with_the_width_of_their_weights(kind
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_that_is_stored_in_few_bits_is_still_a_head() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(OrderedDict(lm_head=bitsandbytes.nn.Linear4bit(64, 32).to("cpu")))
+    inputs = {"input": torch.randn(2, 5, 64)}
+    sizes = {"sequence_length": 5, "batch": 2}
+    heads = {choice: cost(model, inputs=inputs, head=choice, **sizes).macs for choice in ("out", "last", "all")}
+    assert heads == {"out": 0, "last": 2 * 64 * 32, "all": 10 * 64 * 32}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -297,6 +310,8 @@ def _llama() -> LlamaForCausalLM:
         (_bert, {"sequence_length": 4, "positions": "some"}, "positions: given 'some', expected"),
         (_bert, {"sequence_length": 4, "causal": "triangular"}, "causal: given 'triangular', but a live pass"),
         (_bert, {"sequence_length": 4, "lengths": [4]}, r"lengths: given \[4\], but a live pass"),
+        (_bert, {"sequence_length": 4, "head": "all"}, "head: given 'all', but BertModel has no language-model head"),
+        (lambda: _bert().double(), {"sequence_length": 4}, "held in torch.float64, expected at most 32 bits: cast"),
         (_bert, {"sequence_length": 4, "inputs": [1]}, "inputs: given a list, expected a mapping"),
         (lambda: nn.Linear(3, 3), {"sequence_length": 4}, r"Linear takes input: expected .* or inputs="),
         (lambda: {"a": 1}, {"sequence_length": 4}, "model: given a dict, expected a torch.nn.Module"),

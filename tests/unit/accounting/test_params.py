@@ -10,6 +10,7 @@ from peft import (
     TaskType,
     get_peft_model,
 )
+from tiny_models import sizes
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -31,30 +32,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 QKV = ("query_proj", "key_proj", "value_proj")
 SEVEN = ("weight", "down", "diagonal", "up", "down_output", "diagonal_output", "output")
-BERT = BertConfig(
-    vocab_size=50,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=48,
-    max_position_embeddings=20,
-)
-LLAMA = LlamaConfig(
-    vocab_size=50,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    tie_word_embeddings=False,
-)
+BERT = BertConfig(**sizes(hidden=32, layers=3, heads=4, wide=48, words=50), max_position_embeddings=20)
+TWO_LAYERS = sizes(hidden=32, layers=2, heads=4, wide=48, words=50)
+LLAMA = LlamaConfig(**TWO_LAYERS, num_key_value_heads=2, tie_word_embeddings=False)
 T5 = T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, tie_word_embeddings=True)
 DEBERTA = DebertaV2Config(
-    vocab_size=50,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=48,
+    **TWO_LAYERS,
     relative_attention=True,
     position_buckets=8,
     share_att_key=True,

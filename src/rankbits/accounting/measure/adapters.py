@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from rankbits.accounting.measure.quantized import opaque_weight_bits
@@ -51,7 +52,7 @@ def bare(model: Any) -> nn.Module:
     A model with virtual tokens stays in PEFT's wrapper, which adds them.
 
     Raises:
-        ModelError: it is no torch module.
+        ModelError: it is no torch module, or PEFT's with a method that neither wraps layers nor adds virtual tokens.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model: given a {type(model).__name__}, expected a torch.nn.Module")
@@ -63,9 +64,22 @@ def bare(model: Any) -> nn.Module:
         elif isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             module = module.module
         elif isinstance(module, PeftModel) and not has_virtual_tokens(module):
+            _check_layers(module)
             module = module.get_base_model()
         else:
             return module
+
+
+def _check_layers(model: PeftModel) -> None:
+    """Refuse adapters that would run unseen: those that are no layers, unless they are switched off."""
+    if any(isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper) for part in model.modules()):
+        return
+    if getattr(model.base_model, "_enabled", True):
+        kind = getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type)
+        raise ModelError(
+            f"model: given a {type(model).__name__} with an adapter of type {kind}, which cannot be counted; expected "
+            "adapters that wrap layers, such as LORA, or that add virtual tokens"
+        )
 
 
 def has_virtual_tokens(model: nn.Module) -> bool:

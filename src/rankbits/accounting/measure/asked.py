@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
-from rankbits.accounting.measure.inputs import has_two_stacks, largest_length, sizes_of
+from rankbits.accounting.measure.given import given_sizes
+from rankbits.accounting.measure.inputs import has_two_stacks, largest_length
 from rankbits.errors import ModelError
 from rankbits.records import CountOptions
 
@@ -23,14 +24,15 @@ NOT_LIVE = {
 def asked(
     model: nn.Module,
     sequence_length: int | None,
-    batch: int,
+    batch: int | None,
     inputs: Mapping[str, Any] | None,
     options: Mapping[str, Any],
 ) -> CountOptions:
     """The options of a count, complete but for what depends on adapters and heads.
 
     Raises:
-        ModelError: an option is unknown or out of range, a length is missing or beyond the model's.
+        ModelError: an option is unknown or out of range, a length is missing, beyond the model's, or not that of the
+            inputs.
     """
     known = sorted({*CountOptions.model_fields} - {*NOT_LIVE} | {"sequence_length", "inputs"})
     for name in options:
@@ -51,21 +53,23 @@ def asked(
 def _sizes(
     model: nn.Module,
     sequence_length: int | None,
-    batch: int,
+    batch: int | None,
     inputs: Mapping[str, Any] | None,
     chosen: Mapping[str, Any],
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {"batch": batch}
+    found: dict[str, Any] = {"batch": 1 if batch is None else batch}
     given = [name for name in SIZES if name in chosen]
     if sequence_length is not None and {"query_len", "key_len"} & {*given}:
         raise ModelError(f"sequence_length: given {sequence_length} together with {given}; it sets both")
     if inputs is not None:
         if not isinstance(inputs, Mapping):
             raise ModelError(f"inputs: given a {type(inputs).__name__}, expected a mapping of argument names to values")
-        sizes = sizes_of(inputs)
-        if sizes is not None:
-            found["batch"], length = sizes
-            return {"query_len": length, "key_len": length} | found
+        sizes = given_sizes(model, inputs)
+        if sizes:
+            explicit = [(name, chosen[name], name) for name in given] + [("batch", batch, "batch")]
+            explicit += [("sequence_length", sequence_length, name) for name in SIZES]
+            _check_inputs(explicit, sizes)
+            return sizes
     query = sequence_length if sequence_length is not None else chosen.get("query_len", chosen.get("key_len"))
     if query is None:
         raise ModelError(
@@ -76,6 +80,15 @@ def _sizes(
     if inputs is None and "source_len" not in chosen and has_two_stacks(model):
         found["source_len"] = query
     return found
+
+
+def _check_inputs(explicit: list[tuple[str, Any, str]], sizes: Mapping[str, int]) -> None:
+    """Sizes that are asked for beside inputs, as (argument, value, size), must be those of the inputs."""
+    for argument, value, size in explicit:
+        if value is not None and size in sizes and value != sizes[size]:
+            raise ModelError(
+                f"{argument}: given {value} beside inputs, whose {size} is {sizes[size]}; expected the same or none"
+            )
 
 
 def _problems(error: ValidationError) -> str:

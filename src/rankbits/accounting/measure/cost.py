@@ -9,10 +9,11 @@ from torch import nn
 
 from rankbits.accounting.measure.adapters import Learned, bare, base_of, has_adapters, learned, why_unmergeable
 from rankbits.accounting.measure.asked import asked
+from rankbits.accounting.measure.given import copied
 from rankbits.accounting.measure.inputs import Feed, feeds
 from rankbits.accounting.measure.passes import count_pass
 from rankbits.accounting.measure.untouched import untouched
-from rankbits.accounting.measure.weights import weight_records
+from rankbits.accounting.measure.weights import refuse_wide, weight_records
 from rankbits.errors import ModelError
 from rankbits.records import CostRecord
 
@@ -23,7 +24,7 @@ def cost(
     model: nn.Module,
     *,
     sequence_length: int | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     adapters: str | None = None,
     inputs: Mapping[str, Any] | None = None,
     **options: Any,
@@ -40,29 +41,36 @@ def cost(
     (He et al. 2021). The products of DoRA's weight norm do not depend on it either, but PEFT runs them at each call,
     so they stay.
 
+    Element operations are the elements that the executed operations of torch write outside matrix products, those of a
+    learning adapter's fake quantization included; estimates from a config list one entry per step instead, so the two
+    differ. What does not depend on the input (masks and rotations too) drops out of them with positions="cached".
+
     Args:
         model: any torch module; PEFT models and compiled ones are unwrapped.
         sequence_length: tokens per sequence; sets query_len and key_len, and source_len where there are two stacks.
-        batch: sequences.
+        batch: sequences; 1 if neither this nor inputs say otherwise.
         adapters: "merged" or "unmerged"; None is merged where that is exact and keeps all widths, else unmerged.
-        inputs: what `forward` takes, by name, for models that do not take token ids alone. Batch and length are those
-            of the first [batch, tokens] integers among them; where there are none, `sequence_length` is needed and
-            only printed.
+        inputs: what `forward` takes, by name, for models that do not take token ids alone. Sizes are those of the ids
+            or embeddings among them, of the cache, and of the encoder's where there are two stacks, else of the first
+            [batch, tokens] integers; sizes given beside them must agree. Where there are none, `sequence_length` is
+            needed and only printed. They are copied for each pass, so that a cache stays as it was.
         options: further fields of `CountOptions`: query_len, key_len (larger than query_len: a step of a decoder with
             a cache), source_len, positions, head, embeddings, float_bits, int4. A language-model head is counted
-            on all positions where the model has one, unless `head` says otherwise.
+            on the positions it runs on (all, unless inputs ask it for the last), if `head` does not say otherwise.
 
     Raises:
-        ModelError: `model` is no module, sizes do not suit it, it cannot run, or it runs an operation that cannot be
-            counted. The message names what was given and expected.
+        ModelError: `model` is no module, or one of float64; sizes do not suit it or its inputs, it has no head that
+            was asked for, it cannot run, or it runs an operation or adapter that cannot be counted. The message names
+            what was given and expected.
     """
     root = bare(model)
+    refuse_wide(root)
     base = base_of(root)
     settings = asked(base, sequence_length, batch, inputs, options)
     settings = settings.model_copy(update={"adapters": _form(root, adapters)})
 
     def calls() -> Iterable[Feed]:
-        return feeds(base, settings) if inputs is None else [Feed(dict(inputs))]
+        return feeds(base, settings) if inputs is None else [Feed(copied(inputs))]
 
     with untouched(root):
         state = learned(root)
@@ -70,13 +78,12 @@ def cost(
         adapted = count_pass(root, state, calls(), adapters=True) if beside else None
         reference = count_pass(base, Learned(), calls(), adapters=False)
         counted = adapted or reference
-    if options.get("head") is None:
-        settings = settings.model_copy(update={"head": "all" if counted.heads else "out"})
+    settings = settings.model_copy(update={"head": counted.head(settings, options.get("head"))})
     return CostRecord(
         options=settings,
         products=counted.asked(settings),
         reference_macs=sum(product.macs for product in reference.asked(settings)),
-        elements=counted.elements,
+        elements=counted.elements(settings),
         weights=weight_records(root, state, settings),
     )
 

@@ -138,13 +138,3 @@ def largest_length(model: nn.Module) -> int | None:
 def has_two_stacks(model: nn.Module) -> bool:
     """Whether a model takes ids for an encoder and for a decoder."""
     return "decoder_input_ids" in inspect.signature(model.forward).parameters
-
-
-def sizes_of(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(batch, tokens) of the first [batch, tokens] integers among a model's inputs; None if there are none."""
-    ordered = sorted(inputs, key=lambda name: name != "input_ids")
-    for name in ordered:
-        value = inputs[name]
-        if isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point():
-            return int(value.shape[0]), int(value.shape[1])
-    return None

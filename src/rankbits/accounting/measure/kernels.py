@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverload
 
+from rankbits.accounting.measure.provenance import tensors_in
+
 PLAIN = {
     "mm": ("self", "mat2"),
     "addmm": ("mat1", "mat2"),
@@ -91,10 +93,23 @@ class MatrixProduct:
 
 def bound(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of one call by the names of the operation's schema."""
-    given = dict(kwargs)
-    for argument, value in zip(func._schema.arguments, args, strict=False):
-        given[argument.name] = value
-    return given
+    positional = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+    return positional | dict(kwargs)
+
+
+def read_by(func: OpOverload, given: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that a call reads: all but those it is only told to write to."""
+    only_written = {a.name for a in func._schema.arguments if a.kwarg_only and a.alias_info is not None}
+    return list(tensors_in({name: value for name, value in given.items() if name not in only_written}))
+
+
+def written_in_place(func: OpOverload, given: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among its arguments that a call writes to."""
+    changed: list[Tensor] = []
+    for argument in func._schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            changed += tensors_in(given.get(argument.name))
+    return changed
 
 
 def short_name(func: OpOverload) -> str:

@@ -13,6 +13,7 @@ from rankbits.accounting.measure.inputs import INDEPENDENT, Feed
 from rankbits.accounting.measure.places import Places
 from rankbits.accounting.measure.provenance import Mark, Provenance, tensors_in
 from rankbits.accounting.measure.recorder import Recorder
+from rankbits.accounting.measure.work import WorkSums
 from rankbits.errors import ModelError
 from rankbits.records import CountOptions, ElementWork, Product
 
@@ -25,27 +26,73 @@ class Pass:
     """What one pass did.
 
     Args:
+        model: name of what ran, for messages.
         products: all products, in running order.
-        elements: all other work.
+        work: all other work.
         heads: indices of the products of a language-model head.
         constants: indices of products that a cache could hold, because their whole layer saw no input.
     """
 
+    model: str
     products: list[Product]
-    elements: list[ElementWork]
+    work: WorkSums
     heads: set[int]
     constants: set[int]
 
     def asked(self, options: CountOptions) -> list[Product]:
         """The products that the options ask for."""
-        rows, found = options.batch * options.query_len, []
+        found = []
         for index, product in enumerate(self.products):
             is_head = index in self.heads
             if (is_head and options.head == "out") or (index in self.constants and options.positions == "cached"):
                 continue
-            only_last = is_head and options.head == "last" and product.m == rows
-            found.append(product.model_copy(update={"m": options.batch}) if only_last else product)
+            only_last = is_head and options.head == "last" and not product.constant
+            found.append(_at_last_positions(product, options.batch) if only_last else product)
         return found
+
+    def elements(self, options: CountOptions) -> list[ElementWork]:
+        """The other work that the options ask for."""
+        return self.work.asked(options, self._head_rows())
+
+    def head(self, options: CountOptions, wanted: str | None) -> str:
+        """Positions of the head that are counted: out, last or all.
+
+        Args:
+            options: sizes that were counted.
+            wanted: what the user asked for; None is what ran.
+
+        Raises:
+            ModelError: there is no head, or it ran on other positions than those that are wanted.
+        """
+        rows, every = self._head_rows(), options.batch * options.query_len
+        if not rows and wanted in {"last", "all"}:
+            raise ModelError(
+                f"head: given {wanted!r}, but {self.model} has no language-model head that ran; expected 'out' or none"
+            )
+        if not rows or wanted in {"out", "last"}:
+            return wanted or "out"
+        if rows >= every:
+            return "all"
+        if wanted is None and rows == options.batch:
+            return "last"
+        raise ModelError(
+            f"head: given {wanted!r}, but it ran on {rows} of {every} positions; expected 'last', 'out', or inputs "
+            "that ask for all"
+        )
+
+    def _head_rows(self) -> int:
+        """Positions of all sequences that the head ran on, 0 if there is none."""
+        heads = [self.products[index] for index in self.heads]
+        return max((product.batch * product.m for product in heads if not product.constant), default=0)
+
+
+def _at_last_positions(product: Product, batch: int) -> Product:
+    rows = product.batch * product.m
+    if rows % batch:
+        raise ModelError(
+            f"head: given 'last', but {product.module} ran on {rows} positions, expected a multiple of batch, {batch}"
+        )
+    return product.model_copy(update={"batch": 1, "m": batch})
 
 
 def count_pass(root: nn.Module, state: Learned, feeds: Iterable[Feed], *, adapters: bool) -> Pass:
@@ -88,7 +135,7 @@ def _watched(root: nn.Module, state: Learned, feed: Feed) -> Pass:
             recorder.paused = False
         _call(root, provenance, arguments)
         recorder.finish_opaque()
-    return Pass(recorder.products(), recorder.elements(), recorder.heads, recorder.cacheable)
+    return Pass(type(root).__name__, recorder.products(), recorder.work, recorder.heads, recorder.cacheable)
 
 
 def _call(root: Callable[..., Any], provenance: Provenance, arguments: Mapping[str, Any]) -> Any:

@@ -67,6 +67,11 @@ class Place:
     adapter: str | None
     tainted: bool
 
+    @property
+    def runs_anew(self) -> bool:
+        """Whether even what is made of weights alone runs at each call here: an adapter makes it for its layer."""
+        return self.adapter is not None and self.tainted
+
 
 class Places:
     """The calls that are running, innermost last, and the names of all modules of a model.
@@ -132,9 +137,10 @@ class Places:
         """q, k or v if the layer that makes them runs."""
         return role_of(base_name(self.here()))
 
-    def is_head(self) -> bool:
-        """Whether the module that runs is the output embedding of a language model."""
-        return any(id(call.module) in self._heads for call in self.running)
+    def is_head(self, finished: Call | None = None) -> bool:
+        """Whether the module that runs, or one that has just finished, is the output embedding of a language model."""
+        calls = [*self.running, finished] if finished is not None else self.running
+        return any(id(call.module) in self._heads for call in calls)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         name = self._names.get(id(module))

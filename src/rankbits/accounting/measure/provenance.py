@@ -25,7 +25,6 @@ MOVES = frozenset(
         "clone",
         "constant_pad_nd",
         "contiguous",
-        "copy",
         "flip",
         "gather",
         "index",
@@ -123,17 +122,34 @@ class Provenance:
 
         Args:
             name: `short_name` of the operation.
-            operands: its tensors, in the order of its arguments.
-            results: what it wrote.
+            operands: the tensors it reads, in the order of its arguments.
+            results: what it wrote; where that is a part of some memory, the rest of it stays as it was.
         """
         marks = [self.of(operand) for operand in operands]
         tainted = any(mark.tainted for mark in marks)
         for result in results:
-            self.put(result, _derived(name, operands, marks, result, tainted))
+            mark = _derived(name, operands, marks, result, tainted)
+            before = self._marks.get(_key(result))
+            self.put(result, mark if before is None or _is_whole(result) else _joined(before, mark))
 
 
 def _key(tensor: Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return tensor.numel() * tensor.itemsize == tensor.untyped_storage().nbytes()
+
+
+def _joined(one: Mark, other: Mark) -> Mark:
+    """What is known of memory that holds numbers of both."""
+    return Mark(
+        one.name if one.name == other.name else UNKNOWN.name,
+        max(one.bits, other.bits),
+        one.tainted or other.tainted,
+        one.weight if one.weight == other.weight else None,
+        one.scores | other.scores,
+    )
 
 
 def _derived(name: str, operands: Sequence[Tensor], marks: list[Mark], result: Tensor, tainted: bool) -> Mark:
@@ -141,6 +157,9 @@ def _derived(name: str, operands: Sequence[Tensor], marks: list[Mark], result: T
         return Mark("p", tainted=tainted)
     if name == "eye":
         return Mark("identity")
+    if name == "copy":
+        # The first operand is where the second is written to.
+        return marks[-1]
     if name in MOVES and marks:
         parts = [mark for mark, operand in zip(marks, operands, strict=True) if operand.numel()] or marks
         first = parts[0]

@@ -10,7 +10,16 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rankbits.accounting.measure.kernels import MatrixProduct, bound, is_opaque, is_product, matrix_products, short_name
+from rankbits.accounting.measure.kernels import (
+    MatrixProduct,
+    bound,
+    is_opaque,
+    is_product,
+    matrix_products,
+    read_by,
+    short_name,
+    written_in_place,
+)
 from rankbits.accounting.measure.places import Call, Place, Places, base_name
 from rankbits.accounting.measure.provenance import (
     SOFTMAX,
@@ -21,8 +30,9 @@ from rankbits.accounting.measure.provenance import (
     shares_memory,
     tensors_in,
 )
+from rankbits.accounting.measure.work import WorkSums, Written
 from rankbits.errors import ModelError
-from rankbits.records import ElementWork, Product
+from rankbits.records import Product
 from rankbits.records.costs import Width
 
 CLASSIFIERS = frozenset({"classifier", "score", "lm_head"})
@@ -52,8 +62,8 @@ class Recorder(TorchDispatchMode):
         self.paused = False
         self.heads: set[int] = set()
         self.cacheable: set[int] = set()
+        self.work = WorkSums()
         self._products: list[Product] = []
-        self._work: dict[tuple[str, str], int] = {}
         self._places = places
         self._provenance = provenance
         self._ranks = ranks
@@ -61,12 +71,6 @@ class Recorder(TorchDispatchMode):
     def products(self) -> list[Product]:
         """All products in running order."""
         return list(self._products)
-
-    def elements(self) -> list[ElementWork]:
-        """Elements written by everything else, by module and operation."""
-        return [
-            ElementWork(module=module, op=op, elements=count) for (module, op), count in self._work.items() if count
-        ]
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -94,6 +98,8 @@ class Recorder(TorchDispatchMode):
             if self.paused:
                 continue
             k, n = x.shape[-1], output.shape[-1]
+            if self._places.is_head(call):
+                self.heads.add(len(self._products))
             self._products.append(self._opaque(call, x, (x.numel() // k, k, n)))
 
     def _note(self, func: OpOverload, name: str, given: dict[str, Any], result: Any) -> None:
@@ -108,13 +114,16 @@ class Recorder(TorchDispatchMode):
             self._record(name, found, given, results[0])
             return
         operands = list(tensors_in(given))
-        changed = _written_in_place(func, given)
+        changed = written_in_place(func, given)
         written = changed or [tensor for tensor in results if not shares_memory(tensor, operands)]
         if name in SOFTMAX:
             self._name_scores(operands[0])
-        self._provenance.derive(name, operands, written)
+        # Padding with anything but zero puts a number beside the grid.
+        known_as = "fill" if name == "constant_pad_nd" and given.get("value", 0) else name
+        self._provenance.derive(known_as, read_by(func, given), written)
         if not name.startswith(_NO_WORK):
-            self._add_work(name, sum(tensor.numel() for tensor in written))
+            tainted = self._provenance.is_tainted(written)
+            self._add_work(name, sum(tensor.numel() for tensor in written), tainted=tainted)
 
     def _record(self, name: str, found: list[MatrixProduct], given: Mapping[str, Any], result: Tensor) -> None:
         operands = list(tensors_in(given))
@@ -122,11 +131,11 @@ class Recorder(TorchDispatchMode):
         for matrices in found:
             mark = self._add(matrices, mark)
             if matrices.op == "scores":
-                self._add_work("softmax", matrices.batch * matrices.m * matrices.n)
+                self._add_work("softmax", matrices.batch * matrices.m * matrices.n, tainted=mark.tainted)
                 mark = Mark(tainted=mark.tainted)
         self._provenance.put(result, mark)
         if given.get("bias") is not None or (name.startswith(("add", "badd", "_addmm")) and given.get("beta", 1) != 0):
-            self._add_work("bias", result.numel())
+            self._add_work("bias", result.numel(), tainted=mark.tainted)
 
     def _add(self, matrices: MatrixProduct, mark: Mark) -> Mark:
         """Keep one product; what is known of its result."""
@@ -151,7 +160,7 @@ class Recorder(TorchDispatchMode):
             return _after(product, mark, None)
         index = len(self._products)
         self._products.append(product)
-        if product.constant and not (product.adapter is not None and place.tainted):
+        if product.constant and not place.runs_anew:
             self.cacheable.add(index)
         if self._places.is_head():
             self.heads.add(index)
@@ -162,8 +171,7 @@ class Recorder(TorchDispatchMode):
         if operand is None:
             return Mark("p", WIDEST if like is None else dtype_bits(like), tainted=True)
         mark = self._provenance.of(operand)
-        bits = min(mark.bits, dtype_bits(operand))
-        return Mark(mark.name, bits, mark.tainted, mark.weight)
+        return Mark(mark.name, min(mark.bits, dtype_bits(operand)), mark.tainted, mark.weight)
 
     def _weight_product(self, matrices: MatrixProduct, left: Mark, right: Mark, place: Place) -> Product:
         constant = not (left.tainted or right.tainted)
@@ -235,10 +243,11 @@ class Recorder(TorchDispatchMode):
                 }
                 self._products[index] = product.model_copy(update={"op": "scores", **names})
 
-    def _add_work(self, op: str, elements: int) -> None:
+    def _add_work(self, op: str, elements: int, *, tainted: bool) -> None:
         if not self.paused and elements:
-            key = (self._places.place(None).module, op)
-            self._work[key] = self._work.get(key, 0) + elements
+            place = self._places.place(None)
+            constant = not tainted and not place.runs_anew
+            self.work.add(Written(place.module, op, self._places.is_head(), constant), elements)
 
     def _not_understood(self, operation: str) -> ModelError:
         return ModelError(
@@ -256,14 +265,6 @@ def _as_weight(mark: Mark, other: Mark | None = None) -> Mark:
 
 def _is_composite(func: OpOverload) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-
-
-def _written_in_place(func: OpOverload, given: Mapping[str, Any]) -> list[Tensor]:
-    changed: list[Tensor] = []
-    for argument in func._schema.arguments:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            changed += tensors_in(given.get(argument.name))
-    return changed
 
 
 def _after(product: Product, mark: Mark, index: int | None) -> Mark:

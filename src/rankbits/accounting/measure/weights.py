@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -13,13 +14,14 @@ from rankbits.accounting.measure.adapters import Learned, adapter_parameters
 from rankbits.accounting.measure.places import base_name
 from rankbits.accounting.measure.provenance import WIDEST, dtype_bits
 from rankbits.accounting.measure.quantized import opaque_weight_bits, scale_count
+from rankbits.errors import ModelError
 from rankbits.records import CountOptions, WeightRecord
 from rankbits.records.costs import Width
 from rankbits.tuners.bayesian_lora import BayesianLoraLinear, LayerSummary
 from rankbits.tuners.bayesian_lora.layer import ACTIVATION_SITES
 
 _TRAINING_ONLY = frozenset({"ranknum"})
-"""Last names of parameters that inference does not read."""
+"""Names of parameters, or of what holds one for each adapter, that inference does not read."""
 VIRTUAL_TOKENS = "prompt_encoder."
 """Where PEFT keeps prompts and prefixes."""
 
@@ -31,15 +33,18 @@ def weight_records(root: nn.Module, learned: Learned, options: CountOptions) -> 
         root: the model.
         learned: what its adapters have learned.
         options: merged adapters leave nothing but their layer's weight, which lies on no grid; look-up tables are
-            listed only with embeddings "in".
+            listed only with embeddings "in", but a head that shares one's weight needs it even without.
     """
     merged = options.adapters == "merged"
     narrow = {} if merged else _base_weight_bits(root, learned)
     adapters, unused = adapter_parameters(root), _unused(root)
+    elsewhere = _tied_tables(root) if options.embeddings == "out" else set()
     found: list[WeightRecord] = []
     for name, module in root.named_modules():
         for last, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in unused or last in _TRAINING_ONLY:
+            if id(parameter) in unused or {last, name.rpartition(".")[2]} & _TRAINING_ONLY:
+                continue
+            if id(parameter) in elsewhere and isinstance(module, nn.Embedding):
                 continue
             unused.add(id(parameter))
             if name.startswith(VIRTUAL_TOKENS):
@@ -52,6 +57,25 @@ def weight_records(root: nn.Module, learned: Learned, options: CountOptions) -> 
         for (layer, adapter), entry in learned.layers.items():
             found += _learned_records(root.get_submodule(layer), base_name(layer), adapter, entry)
     return [record for record in found if record.operand != "table" or options.embeddings == "in"]
+
+
+def refuse_wide(root: nn.Module) -> None:
+    """Raise ModelError for weights of more than 32 bits, which a record has no width for."""
+    for name, parameter in root.named_parameters():
+        if parameter.dtype in (torch.float64, torch.complex64, torch.complex128):
+            raise ModelError(
+                f"{name}: held in {parameter.dtype}, expected at most 32 bits: cast the model to float32 first"
+            )
+
+
+def _tied_tables(root: nn.Module) -> set[int]:
+    """Identities of look-up tables that are the weight of another layer too."""
+    tables: set[int] = set()
+    others: set[int] = set()
+    for module in root.modules():
+        own = {id(parameter) for parameter in module.parameters(recurse=False)}
+        (tables if isinstance(module, nn.Embedding) else others).update(own)
+    return tables & others
 
 
 def _unused(root: nn.Module) -> set[int]:

@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
+from tiny_models import ABSOLUTE_DEBERTA, DEBERTA, ENCODERS, live
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from rankbits.accounting.architectures.config import Head
 from rankbits.accounting.architectures.encoders import READERS
@@ -14,65 +14,17 @@ from rankbits.accounting.params import base_parameters
 from rankbits.accounting.spec import Activation, Attention, Convolution, Linear, Norm, Rows, Table
 from rankbits.errors import ModelError
 
-BERT = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-    "vocab_size": 31,
-    "max_position_embeddings": 20,
-}
-DEBERTA = {
-    **BERT,
-    "model_type": "deberta-v2",
-    "type_vocab_size": 0,
-    "relative_attention": True,
-    "position_buckets": 8,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "pos_att_type": "p2c|c2p",
-    "position_biased_input": False,
-}
-CONFIGS = {
-    "bert": {**BERT, "model_type": "bert", "type_vocab_size": 3},
-    "roberta": {**BERT, "model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 1},
-    "xlm-roberta": {**BERT, "model_type": "xlm-roberta", "type_vocab_size": 1, "pad_token_id": 1},
-    "camembert": {**BERT, "model_type": "camembert", "type_vocab_size": 1, "pad_token_id": 1},
-    "distilbert": {
-        "model_type": "distilbert",
-        "dim": 24,
-        "hidden_dim": 40,
-        "n_layers": 2,
-        "n_heads": 4,
-        "vocab_size": 31,
-        "max_position_embeddings": 20,
-    },
-    "deberta-v3": DEBERTA,
+CONFIGS = ENCODERS | {
     "deberta-v2 with a convolution": {**DEBERTA, "conv_kernel_size": 3, "conv_act": "gelu", "attention_head_size": 6},
     "deberta-v2 with a convolution in groups": {**DEBERTA, "conv_kernel_size": 5, "conv_groups": 2},
-    "deberta-v2 with projections for positions": {**DEBERTA, "share_att_key": False},
     "deberta-v2 with c2p of its own": {**DEBERTA, "share_att_key": False, "pos_att_type": ["c2p"]},
     "deberta-v2 with p2c alone": {**DEBERTA, "pos_att_type": "p2c", "norm_rel_ebd": "none"},
     "deberta-v2 without buckets": {**DEBERTA, "position_buckets": -1, "max_relative_positions": 9},
     "deberta-v2 with as many distances as positions": {**DEBERTA, "position_buckets": -1},
-    "deberta-v2 with absolute positions": {
-        **DEBERTA,
-        "relative_attention": False,
-        "position_biased_input": True,
-        "pos_att_type": None,
-        "type_vocab_size": 2,
-        "embedding_size": 10,
-    },
+    "deberta-v2 with absolute positions": {**ABSOLUTE_DEBERTA, "type_vocab_size": 2},
 }
 RELATIVE = [name for name, config in CONFIGS.items() if config.get("relative_attention")]
 MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv1d)
-
-
-def _live(config, head=Head.NONE, num_labels=2):
-    values = {key: value for key, value in config.items() if key not in {"model_type", "_source", "torch_dtype"}}
-    settings = AutoConfig.for_model(config["model_type"], **values, num_labels=num_labels)
-    kind = AutoModel if head is Head.NONE else AutoModelForSequenceClassification
-    return kind.from_config(settings, attn_implementation="eager").eval()
 
 
 def _sizes(module):
@@ -102,10 +54,10 @@ def _weighted(shape):
 @pytest.mark.parametrize("head", [Head.NONE, Head.CLASSIFICATION])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_module_with_weights_is_a_part_of_its_name_and_size(name, head):
-    model = _live(CONFIGS[name], head, num_labels=5)
+    model = live(CONFIGS[name], head, labels=5)
     shape = read_shape(CONFIGS[name], name=name, head=head, num_labels=5)
-    live = {key: _sizes(module) for key, module in model.named_modules() if isinstance(module, MODULES)}
-    assert _weighted(shape) == live
+    weighted = {key: _sizes(module) for key, module in model.named_modules() if isinstance(module, MODULES)}
+    assert _weighted(shape) == weighted
     assert base_parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -113,7 +65,7 @@ def test_every_module_with_weights_is_a_part_of_its_name_and_size(name, head):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_attentions_and_activations_are_modules_too(name, head):
     shape = read_shape(CONFIGS[name], name=name, head=head)
-    modules = dict(_live(CONFIGS[name], head).named_modules())
+    modules = dict(live(CONFIGS[name], head).named_modules())
     weightless = [part.name for part in shape.parts if isinstance(part, Attention | Activation)]
     assert weightless
     assert set(weightless) <= set(modules)
@@ -126,7 +78,7 @@ def test_attentions_and_activations_are_modules_too(name, head):
 @pytest.mark.parametrize("head", [Head.NONE, Head.CLASSIFICATION])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parts_are_in_running_order(name, head):
-    model, shape = _live(CONFIGS[name], head), read_shape(CONFIGS[name], name=name, head=head)
+    model, shape = live(CONFIGS[name], head), read_shape(CONFIGS[name], name=name, head=head)
     called = []
     for key, module in model.named_modules():
         if isinstance(module, MODULES):
@@ -144,7 +96,7 @@ def test_parts_are_in_running_order(name, head):
 @pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "camembert", "distilbert"])
 def test_the_longest_text_runs_and_one_token_more_does_not(name):
     longest = read_shape(CONFIGS[name], name=name).max_length
-    model = _live(CONFIGS[name])
+    model = live(CONFIGS[name])
     with torch.no_grad():
         assert model(torch.full((1, longest), 7)).last_hidden_state.shape == (1, longest, 24)
         with pytest.raises((IndexError, RuntimeError)):
@@ -161,16 +113,16 @@ def test_robertas_first_positions_belong_to_padding():
 def test_relative_positions_set_no_limit_and_absolute_ones_do():
     assert read_shape(DEBERTA, name="d").max_length is None
     with torch.no_grad():
-        assert _live(DEBERTA)(torch.full((1, 33), 7)).last_hidden_state.shape == (1, 33, 24)
+        assert live(DEBERTA)(torch.full((1, 33), 7)).last_hidden_state.shape == (1, 33, 24)
     config = CONFIGS["deberta-v2 with absolute positions"]
     assert read_shape(config, name="d").max_length == 20
     with pytest.raises(RuntimeError), torch.no_grad():
-        _live(config)(torch.full((1, 21), 7))
+        live(config)(torch.full((1, 21), 7))
 
 
 @pytest.mark.parametrize("name", RELATIVE)
 def test_all_rows_of_the_position_table_are_projected(name):
-    shape, model = read_shape(CONFIGS[name], name=name), _live(CONFIGS[name])
+    shape, model = read_shape(CONFIGS[name], name=name), live(CONFIGS[name])
     rows = model.encoder.rel_embeddings.num_embeddings
     projected = set()
     for key, module in model.named_modules():
@@ -276,7 +228,7 @@ def test_a_masked_word_head_is_refused(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_config_of_a_live_model_reads_as_the_file_does(name):
-    assert read_shape(_live(CONFIGS[name]).config.to_dict(), name="m") == read_shape(CONFIGS[name], name="m")
+    assert read_shape(live(CONFIGS[name]).config.to_dict(), name="m") == read_shape(CONFIGS[name], name="m")
 
 
 SIZES = {
