@@ -24,13 +24,13 @@ class _Identity(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_range: Tensor, gates: Tensor) -> Tensor:
-        ctx.save_for_backward(log_range, gates)
+        # Not the range itself: calibration may end, and write it, before the backward pass.
+        ctx.zeros = torch.zeros_like(log_range), torch.zeros_like(gates) if gates.is_floating_point() else None
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        log_range, gates = ctx.saved_tensors
-        return grads[0], torch.zeros_like(log_range), torch.zeros_like(gates) if gates.is_floating_point() else None
+        return grads[0], *ctx.zeros
 
 
 class Quantizer(Float32State):

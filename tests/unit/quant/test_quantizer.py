@@ -149,3 +149,14 @@ def test_fixed_quantizer(bits, signed):
 def test_what_print_shows():
     assert repr(Quantizer(calibration_passes=7)) == "Quantizer(calibration_passes=7, signed)"
     assert repr(FixedQuantizer(4, signed=False)) == "FixedQuantizer(bits=4, unsigned)"
+
+
+def test_calibration_can_end_between_two_passes_of_one_forward():
+    """A layer that a model runs several times, as ALBERT does, calibrates in one of them and rounds in the next."""
+    quantizer = Quantizer(calibration_passes=1)
+    gates = SOFT.clone().requires_grad_()
+    x = torch.linspace(-1.0, 1.0, 9, requires_grad=True)
+    quantizer(quantizer(x, gates, hard=False), gates, hard=False).sum().backward()
+    assert quantizer.is_calibrated
+    torch.testing.assert_close(x.grad, torch.ones(9))
+    assert gates.grad.abs().sum() > 0
