@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from rankbits.accounting.params import GATES_PER_QUANTIZER, count, targeted
+from rankbits.accounting.params import GATES_PER_QUANTIZER, count, targeted, tensor_sizes
 from rankbits.accounting.settings import TrainingSettings
 from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Part, Table
 from rankbits.accounting.states import optimizer_bytes
 from rankbits.accounting.trained import trained_in_full
-from rankbits.accounting.weights import adapter_sizes, keeps_original, tensor_sizes, trained_sizes
+from rankbits.accounting.weights import adapter_sizes, keeps_original, trained_sizes
 from rankbits.errors import ModelError
 
 BYTES = {"I64": 8, "F32": 4, "BF16": 2, "F16": 2, "BOOL": 1}

@@ -10,25 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from rankbits.accounting.activations import forward_bytes
-from rankbits.accounting.artefacts import artefact_bytes, checkpoint_bytes
 from rankbits.accounting.methods import extra_keys
 from rankbits.accounting.settings import TrainingSettings
 from rankbits.accounting.spec import Activation, Method, MethodSpec, ModelShape
 from rankbits.accounting.states import optimizer_bytes
-from rankbits.accounting.trained import trained_in_full
-from rankbits.accounting.weights import adapter_sizes, is_quantized, tensor_sizes, trained_sizes, weights_bytes
-
-__all__ = [
-    "MemoryEstimate",
-    "artefact_bytes",
-    "checkpoint_bytes",
-    "inference_memory",
-    "kv_cache_bytes",
-    "optimizer_bytes",
-    "runtime_bytes",
-    "training_memory",
-    "weights_bytes",
-]
+from rankbits.accounting.weights import adapter_sizes, trained_sizes, weights_bytes
+from rankbits.accounting.widths import four_bit_layers
 
 MIB = 2**20
 RUNTIME_CPU = 548 * MIB
@@ -130,8 +117,8 @@ def _dequantized(shape: ModelShape, spec: MethodSpec, settings: TrainingSettings
     """The largest 4-bit weight, unpacked for one product."""
     if settings.base not in {"nf4", "nf4-double"}:
         return 0
-    trained = trained_in_full(shape, spec)
-    sizes = [tensor_sizes(part)[0] for part in shape.parts if is_quantized(part, trained)]
+    narrow = four_bit_layers(shape, spec)
+    sizes = [linear.d_in * linear.d_out for linear in shape.linears() if linear.name in narrow]
     return max(sizes, default=0) * settings.activation_bytes
 
 

@@ -18,14 +18,9 @@ from rankbits.accounting.methods import (
     mora_side,
 )
 from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Part, Rows, Table
+from rankbits.accounting.trained import NOT_ALL_LINEAR, inside, is_head, top_blocks
 from rankbits.errors import ModelError
 
-_BLOCK = re.compile(r"(.*?)\.(\d+)(?:\.|$)")
-"""The stack's name and the number of the block that a part's name begins with."""
-NOT_ALL_LINEAR = frozenset({"score", "classifier"})
-"""Names of classification heads that PEFT leaves out of "all-linear"."""
-HEAD_NAMES = NOT_ALL_LINEAR | {"classification_head"}
-"""Names of classification heads, those of models of two stacks too."""
 GATES_PER_QUANTIZER = 4
 """One for each width above 2: 4, 8, 16 and 32 bits (Bayesian-LoRA, Eq. 5)."""
 
@@ -69,7 +64,7 @@ class ParameterCount:
 
 def base_parameters(shape: ModelShape) -> int:
     """All parameters of the model; a weight that is tied to a table is counted with the table."""
-    return sum(_own_parameters(part, tied_is_free=True) for part in shape.parts)
+    return _elements(shape.parts, tied_is_free=True)
 
 
 def count(shape: ModelShape, spec: MethodSpec) -> ParameterCount:
@@ -92,7 +87,7 @@ def count(shape: ModelShape, spec: MethodSpec) -> ParameterCount:
         return ParameterCount(base=base_parameters(shape))
     if spec.method in {Method.TOP_LAYER, Method.FEATURE_BASED}:
         head = total.head or _head(shape, spec)
-        blocks = _top_blocks(shape, spec.layers) if spec.method is Method.TOP_LAYER else 0
+        blocks = _elements(top_blocks(shape, spec.layers), tied_is_free=True) if spec.method is Method.TOP_LAYER else 0
         return ParameterCount(head=head, base=blocks)
     return total + ParameterCount(adapter=_between_layers(shape, spec))
 
@@ -161,9 +156,9 @@ def targeted(shape: ModelShape, spec: MethodSpec) -> list[Linear]:
     if spec.method not in ON_LINEARS:
         return []
     targets = shape.usual_targets if spec.targets is None else spec.targets
-    candidates = [linear for linear in shape.linears() if not _inside(linear.name, spec.trained_in_full)]
+    candidates = [linear for linear in shape.linears() if not inside(linear.name, spec.trained_in_full)]
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        return [linear for linear in candidates if not _is_head(linear, NOT_ALL_LINEAR)]
+        return [linear for linear in candidates if not is_head(linear, NOT_ALL_LINEAR)]
     wanted = [targets] if isinstance(targets, str) else [(name,) for name in targets]
     if not wanted:
         raise ModelError(f"targets: none are given and {shape.name} has no usual ones; it has {_last_names(shape)}")
@@ -193,61 +188,47 @@ def _matches(name: str, target: str | tuple[str, ...]) -> bool:
         raise ModelError(f"targets: {target!r} is not a regular expression: {reason}") from reason
 
 
-def _is_head(linear: Linear, names: frozenset[str]) -> bool:
-    return linear.op == "head" or not names.isdisjoint(linear.name.split("."))
-
-
-def _inside(name: str, modules: Sequence[str]) -> bool:
-    """Whether a part lies in one of the modules, each given by the end of its own name."""
-    return any(f".{module}." in f".{name}." for module in modules)
-
-
 def _last_names(shape: ModelShape) -> str:
     return ", ".join(sorted({linear.name.rsplit(".", 1)[-1] for linear in shape.linears()}))
 
 
-def _own_parameters(part: Part, *, tied_is_free: bool) -> int:
-    if isinstance(part, Linear):
-        weight = 0 if tied_is_free and part.tied_to is not None else part.d_in * part.d_out
-        return weight + (part.d_out if part.bias else 0)
-    if isinstance(part, Convolution):
-        weight = part.c_in * part.c_out // part.groups * prod(part.kernel)
-        return weight + (part.c_out if part.bias else 0)
-    if isinstance(part, Table):
-        return part.entries * part.width
-    if isinstance(part, Norm):
-        return part.width * (2 if part.bias else 1)
-    return 0
+def tensor_sizes(part: Part, *, tied_is_free: bool = True) -> list[int]:
+    """Elements of each weight of a part; a weight that is tied to a table belongs to the table."""
+    match part:
+        case Linear():
+            weight = [] if tied_is_free and part.tied_to is not None else [part.d_in * part.d_out]
+            return [*weight, part.d_out] if part.bias else weight
+        case Convolution():
+            weight = [part.c_in * part.c_out // part.groups * prod(part.kernel)]
+            return [*weight, part.c_out] if part.bias else weight
+        case Table():
+            return [part.entries * part.width]
+        case Norm():
+            return [part.width] * (2 if part.bias else 1)
+        case _:
+            return []
+
+
+def _elements(parts: Iterable[Part], *, tied_is_free: bool) -> int:
+    return sum(size for part in parts for size in tensor_sizes(part, tied_is_free=tied_is_free))
 
 
 def _parameters_of(shape: ModelShape, modules: Sequence[str]) -> int:
     """Parameters of modules trained in full; each becomes a copy of its own, tied or not."""
     for module in modules:
-        if not any(_inside(part.name, [module]) for part in shape.parts):
+        if not any(inside(part.name, [module]) for part in shape.parts):
             names = sorted({name for part in shape.parts for name in part.name.split(".") if not name.isdigit()})
             raise ModelError(
                 f"trained_in_full: {module!r} matches no module of {shape.name}; it has {', '.join(names)}"
             )
-    return sum(_own_parameters(part, tied_is_free=False) for part in shape.parts if _inside(part.name, modules))
+    return _elements((part for part in shape.parts if inside(part.name, modules)), tied_is_free=False)
 
 
 def _head(shape: ModelShape, spec: MethodSpec) -> int:
-    heads = [linear for linear in shape.linears() if _is_head(linear, HEAD_NAMES)]
+    heads = [linear for linear in shape.linears() if is_head(linear)]
     if not heads:
         raise ModelError(
             f"{spec.method.value} trains the head, which {shape.name} does not have: count it with a head, or name "
             "modules in trained_in_full"
         )
-    return sum(_own_parameters(linear, tied_is_free=False) for linear in heads)
-
-
-def _top_blocks(shape: ModelShape, layers: int) -> int:
-    """Parameters of the last blocks of the stack that ends the model."""
-    matches = [(_BLOCK.match(part.name), part) for part in shape.parts]
-    numbered = [(match.group(1), int(match.group(2)), part) for match, part in matches if match is not None]
-    stack = numbered[-1][0] if numbered else ""
-    blocks = sorted({index for name, index, _ in numbered if name == stack})
-    if not 0 <= layers <= len(blocks):
-        raise ModelError(f"layers: given {layers} top blocks of {shape.name}, expected 0 to {len(blocks)}")
-    chosen = {(stack, index) for index in blocks[len(blocks) - layers :]}
-    return sum(_own_parameters(part, tied_is_free=True) for name, index, part in numbered if (name, index) in chosen)
+    return _elements(heads, tied_is_free=False)

@@ -18,16 +18,15 @@ from rankbits.accounting.methods import (
     mora_side,
 )
 from rankbits.accounting.params import count, targeted
-from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Rows, Table
-from rankbits.accounting.widths import FOUR_BIT_BASES
+from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Table
+from rankbits.accounting.weights import NF4_BLOCK
+from rankbits.accounting.widths import FOUR_BIT_BASES, four_bit_layers
 from rankbits.records import CostRecord, CountOptions, WeightRecord
 from rankbits.records.costs import Width
 
 INDEX_BITS: Width = 32
 ACTIVATION_SITES = frozenset({"input", "down_output", "diagonal_output", "output"})
 """Quantizers of activations: their ranges come with no weight, so they are kept by themselves."""
-NF4_BLOCK = 64
-"""Weights that share a scale in a 4-bit base (Dettmers et al. 2023)."""
 
 
 def predict(shape: ModelShape, options: CountOptions, spec: MethodSpec | None = None) -> CostRecord:
@@ -57,9 +56,11 @@ def weights(shape: ModelShape, options: CountOptions, spec: MethodSpec | None = 
     """
     unmerged = spec is not None and (options.adapters == "unmerged" or not can_merge(spec.method))
     adapted = {linear.name for linear in targeted(shape, spec)} if spec is not None and unmerged else set()
+    four_bit = spec is not None and unmerged and spec.method in FOUR_BIT_BASES
+    narrow = four_bit_layers(shape, spec) if spec is not None and four_bit else frozenset[str]()
     for part in shape.parts:
         if isinstance(part, Linear):
-            yield from _linear(part, options, spec if unmerged else None)
+            yield from _linear(part, options, spec if unmerged else None, narrow)
             if spec is not None and part.name in adapted:
                 yield from _adapter(part, spec, options.float_bits)
         elif isinstance(part, Convolution):
@@ -77,12 +78,13 @@ def weights(shape: ModelShape, options: CountOptions, spec: MethodSpec | None = 
         yield from _between_layers(shape, spec, options.float_bits)
 
 
-def _linear(linear: Linear, options: CountOptions, spec: MethodSpec | None) -> Iterator[WeightRecord]:
+def _linear(
+    linear: Linear, options: CountOptions, spec: MethodSpec | None, narrow: frozenset[str]
+) -> Iterator[WeightRecord]:
     size, floats = linear.d_in * linear.d_out, options.float_bits
     if linear.tied_to is None or options.embeddings == "out":
         # A head that shares the table's weight needs it even where tables are not counted.
-        is_head = linear.op == "head" or linear.rows is Rows.SEQUENCES
-        if spec is not None and spec.method in FOUR_BIT_BASES and not is_head:
+        if linear.name in narrow:
             yield WeightRecord(module=linear.name, operand="W0", elements=size, bits=4, scales=-(-size // NF4_BLOCK))
         else:
             yield _tensor(linear, "W0", size, "weight", spec, floats)

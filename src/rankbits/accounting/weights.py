@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import prod
 
-from rankbits.accounting.params import count, layer_count, targeted
+from rankbits.accounting.params import count, layer_count, targeted, tensor_sizes
 from rankbits.accounting.settings import TrainingSettings
-from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Part, Table
+from rankbits.accounting.spec import Linear, Method, MethodSpec, ModelShape
 from rankbits.accounting.trained import trained_in_full
+from rankbits.accounting.widths import four_bit_layers
 
 FLOAT = 4
 INDEX_BYTES = 8
@@ -16,23 +16,6 @@ NF4_BLOCK = 64
 SCALE_BLOCK = 256
 NF4_CODE_BYTES = 16 * FLOAT
 SCALE_CODE_BYTES = 256 * FLOAT
-
-
-def tensor_sizes(part: Part, *, tied_is_free: bool = True) -> list[int]:
-    """Elements of each weight of a part; a weight that is tied to a table belongs to the table."""
-    match part:
-        case Linear():
-            weight = [] if tied_is_free and part.tied_to is not None else [part.d_in * part.d_out]
-            return [*weight, part.d_out] if part.bias else weight
-        case Convolution():
-            weight = [part.c_in * part.c_out // part.groups * prod(part.kernel)]
-            return [*weight, part.c_out] if part.bias else weight
-        case Table():
-            return [part.entries * part.width]
-        case Norm():
-            return [part.width] * (2 if part.bias else 1)
-        case _:
-            return []
 
 
 def nf4_bytes(elements: int, *, double: bool = False) -> int:
@@ -49,11 +32,6 @@ def nf4_bytes(elements: int, *, double: bool = False) -> int:
     return codes + blocks + -(-blocks // SCALE_BLOCK) * FLOAT + FLOAT + SCALE_CODE_BYTES
 
 
-def is_quantized(part: Part, trained: frozenset[str]) -> bool:
-    """Whether a 4-bit base holds this part's weight in 4 bits: linear layers but heads and what is trained in full."""
-    return isinstance(part, Linear) and part.op != "head" and part.name not in trained and part.tied_to is None
-
-
 def weights_bytes(shape: ModelShape, spec: MethodSpec, settings: TrainingSettings) -> int:
     """Bytes of all weights at rest: the base at its width, adapters in fp32.
 
@@ -63,12 +41,11 @@ def weights_bytes(shape: ModelShape, spec: MethodSpec, settings: TrainingSetting
     Raises:
         ModelError: the method's targets match nothing.
     """
-    trained = trained_in_full(shape, spec)
-    quantized = settings.base in {"nf4", "nf4-double"}
+    quantized = four_bit_layers(shape, spec) if settings.base in {"nf4", "nf4-double"} else frozenset[str]()
     total = sum(adapter_sizes(shape, spec)) * FLOAT + count(shape, spec).stored_indices * INDEX_BYTES
     for part in shape.parts:
         sizes = tensor_sizes(part)
-        if quantized and is_quantized(part, trained):
+        if part.name in quantized:
             total += nf4_bytes(sizes[0], double=settings.base == "nf4-double")
             sizes = sizes[1:]
         total += sum(sizes) * settings.base_bytes

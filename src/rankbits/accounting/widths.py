@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from rankbits.accounting.spec import Attention, Method, MethodSpec, ModelShape, Rows
+from rankbits.accounting.spec import Attention, Method, MethodSpec, ModelShape
+from rankbits.accounting.trained import trained_in_full
 from rankbits.records import Product
 
 FLOAT = 32
@@ -33,7 +34,7 @@ def with_widths(
         return list(products)
     attentions = {attention.name: attention for attention in shape.attentions()}
     shared = {linear.name for linear in shape.linears() if linear.position_rows}
-    stored = {} if merged else _four_bit_weights(shape, spec)
+    narrow = four_bit_layers(shape, spec) if spec.method in FOUR_BIT_BASES else frozenset[str]()
     widened = []
     for product in products:
         attention = attentions.get(product.module)
@@ -44,7 +45,7 @@ def with_widths(
             own = spec.widths.get(product.module, {})
             bits = {name: own.get(_SITE_OF_OPERAND.get(name, ""), FLOAT) for name in (product.left, product.right)}
             if product.right == "W0":
-                bits["W0"] = FLOAT if merged else bits["W0"] if own else stored.get(product.module, FLOAT)
+                bits["W0"] = FLOAT if merged else 4 if product.module in narrow else bits["W0"]
         widened.append(product.model_copy(update={"bits_left": bits[product.left], "bits_right": bits[product.right]}))
     return widened
 
@@ -62,8 +63,11 @@ def _output_bits(layer: str | None, widths: Mapping[str, Mapping[str, int]]) -> 
     return FLOAT if layer is None else widths.get(layer, {}).get("output", FLOAT)
 
 
-def _four_bit_weights(shape: ModelShape, spec: MethodSpec) -> dict[str, int]:
-    """QLoRA's base: every linear layer but the heads is stored in 4 bits (Dettmers et al. 2023)."""
-    if spec.method not in FOUR_BIT_BASES:
-        return {}
-    return {linear.name: 4 for linear in shape.linears() if linear.op != "head" and linear.rows is not Rows.SEQUENCES}
+def four_bit_layers(shape: ModelShape, spec: MethodSpec) -> frozenset[str]:
+    """What a 4-bit base holds in 4 bits (Dettmers et al. 2023): linear layers but heads and what is trained in full.
+
+    A weight that is tied to a look-up table stays as wide as the table.
+    """
+    trained = trained_in_full(shape, spec)
+    linears = (linear for linear in shape.linears() if linear.op != "head" and linear.tied_to is None)
+    return frozenset(linear.name for linear in linears if linear.name not in trained)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rankbits.errors import UnknownArchitectureError
+from rankbits.errors import ModelError, UnknownArchitectureError
 
 if TYPE_CHECKING:
+    from rankbits.accounting.budget import Budget, Expectation
     from rankbits.recipes.estimate import Estimate
     from rankbits.recipes.question import Question
     from rankbits.records import CostRecord
@@ -63,15 +64,23 @@ def estimate(
     for title, rows in _tables(answer):
         _print_rows(title, rows)
     costs = {"beside": answer.unmerged} | ({"merged": answer.merged} if answer.merged is not None else {})
+    typer.echo("\nOne forward pass of one sequence, adapters beside the weights or merged into them")
     _print_costs(costs, products=products)
 
 
 def _question(what: str, keys: Sequence[str], budget: str | None) -> Question:
     from rankbits.recipes.load import load
-    from rankbits.recipes.question import from_keys, from_recipe
+    from rankbits.recipes.nearest import nearest
+    from rankbits.recipes.question import config_of, from_keys, from_recipe
+    from rankbits.recipes.shipped import names
 
     if _is_recipe(what):
         return from_recipe(load(what, keys), budget)
+    try:
+        config_of(what)
+    except ModelError as error:
+        close = nearest(what, names(), count=3)
+        raise ModelError(f"{error}; nearest recipes: {', '.join(close)}" if close else str(error)) from error
     return from_keys(what, keys, budget)
 
 
@@ -102,6 +111,7 @@ def _count_live(what: str, keys: Sequence[str], unknown: UnknownArchitectureErro
     typer.echo("Base model only; memory of activations and the cost of adapters are not known.")
     rows = [("base model", f"{parameters:,}"), ("bytes in fp32", f"{4 * parameters:,}")]
     _print_rows("Parameters", [*rows, ("bytes in bf16", f"{2 * parameters:,}")])
+    typer.echo("\nOne forward pass of one sequence")
     _print_costs({what: costs}, products=True)
 
 
@@ -117,8 +127,8 @@ def _tables(answer: Estimate) -> Iterator[tuple[str, Rows]]:
     held = {_AT_INFERENCE.get(name, name): number for name, number in answer.inference.items.items()}
     yield f"Memory of inference on {settings.device}, GB", _bytes(held, answer.inference.total)
     yield "Files, bytes, before hardening", [(name, f"{number:,}") for name, number in answer.artefacts.items()]
-    if answer.expected is not None:
-        yield _budget(answer)
+    if answer.expected is not None and answer.question.budget is not None:
+        yield _budget(answer.question.budget, answer.expected)
 
 
 def _parameters(answer: Estimate) -> Rows:
@@ -138,10 +148,7 @@ def _parameters(answer: Estimate) -> Rows:
     return [(name, f"{number:,}") for name, number in rows]
 
 
-def _budget(answer: Estimate) -> tuple[str, Rows]:
-    budget, expected = answer.question.budget, answer.expected
-    if budget is None or expected is None:
-        raise ValueError("the question names no budget")
+def _budget(budget: Budget, expected: Expectation) -> tuple[str, Rows]:
     bits = "not limited" if expected.mean_bits is None else f"{expected.mean_bits:.2f}"
     rows = [
         ("reachable from", f"{expected.low:.4g}"),
@@ -177,7 +184,6 @@ def _print_costs(costs: Mapping[str, CostRecord], *, products: bool) -> None:
     from rankbits.cli.running import print_cost_comparison
     from rankbits.reports.cost_table import cost_table
 
-    typer.echo("\nOne forward pass of one sequence, adapters beside the weights or merged into them")
     print_cost_comparison(costs)
     if products:
         for form, record in costs.items():

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 
 from rankbits.accounting.architectures.read import Head, find_config, read_shape
-from rankbits.accounting.params import base_parameters, count
+from rankbits.accounting.params import base_parameters, count, tensor_sizes
 from rankbits.accounting.settings import TrainingSettings
-from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape
+from rankbits.accounting.spec import Convolution, Method, MethodSpec, ModelShape
 from rankbits.accounting.weights import (
     adapter_sizes,
-    is_quantized,
     nf4_bytes,
-    tensor_sizes,
     trained_sizes,
     weights_bytes,
 )
@@ -77,14 +75,6 @@ def test_indices_of_sbora_are_64_bit_integers() -> None:
         for method in (Method.LORA, Method.SBORA_FA)
     )
     assert lora - sbora == 6 * (4 * 8 * 384 - 8 * 8)
-
-
-def test_a_head_that_is_trained_in_full_is_not_quantized() -> None:
-    classifier = Linear("classifier", 4, 2)
-    assert is_quantized(classifier, frozenset())
-    assert not is_quantized(classifier, frozenset({"classifier"}))
-    assert not is_quantized(Linear("lm_head", 4, 2, op="head"), frozenset())
-    assert not is_quantized(Linear("out", 4, 2, tied_to="embed"), frozenset())
 
 
 def test_a_convolution_has_a_weight_and_a_bias() -> None:

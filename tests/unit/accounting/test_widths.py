@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from rankbits.accounting.macs import products
 from rankbits.accounting.spec import Attention, Linear, Method, MethodSpec, ModelShape, Rows
+from rankbits.accounting.widths import four_bit_layers
 from rankbits.records import CountOptions
 
 SHAPE = ModelShape(
@@ -15,7 +16,7 @@ SHAPE = ModelShape(
         Linear("v", 8, 8),
         Attention("self", "q", "k", "v", 2, 2, 4, position_rows=4, c2p=True, p2c=True),
         Linear("o", 8, 8),
-        Linear("classifier", 8, 2, rows=Rows.SEQUENCES),
+        Linear("classifier", 8, 2, rows=Rows.SEQUENCES, op="head"),
         Linear("lm_head", 8, 9, rows=Rows.HEAD, op="head"),
     ),
     hidden=8,
@@ -79,7 +80,14 @@ def test_a_four_bit_base_is_four_bits_wide_everywhere_but_in_heads_until_it_is_m
     spec = MethodSpec(Method.QLORA, rank=2, targets=("q",))
     bits = _bits(SHAPE, spec)
     assert bits["q", "linear"] == bits["o", "linear"] == (32, 4)
-    assert bits["classifier", "linear"] == bits["lm_head", "head"] == (32, 32)
+    assert bits["classifier", "head"] == bits["lm_head", "head"] == (32, 32)
     assert bits["q", "lora_up"] == (32, 32), "adapters beside a 4-bit base are not 4-bit"
     merged = _bits(SHAPE, spec, UNMERGED.model_copy(update={"adapters": "merged"}))
     assert merged["q", "linear"] == (32, 32)
+
+
+def test_what_is_trained_in_full_or_tied_to_a_table_is_not_held_in_four_bits() -> None:
+    spec = MethodSpec(Method.QLORA, rank=2, targets=("q",), trained_in_full=("o",))
+    assert four_bit_layers(SHAPE, spec) == {"q", "k", "v"}
+    tied = replace(SHAPE, parts=(*SHAPE.parts, Linear("out", 8, 9, tied_to="embed")))
+    assert four_bit_layers(tied, spec) == {"q", "k", "v"}

@@ -272,3 +272,8 @@ def test_the_lectures_worked_examples_as_they_are_shown():
     assert full["at the peak"] > 120
     small = training("method=qlora")
     assert small["weights"] + small["gradients"] + small["optimizer"] < 14
+
+
+def test_a_recipe_that_is_misspelt_is_answered_with_the_one_that_was_meant():
+    assert "no config of 'quickstrt' on this machine" in (message := _refused("quickstrt"))
+    assert message.rstrip().endswith("nearest recipes: quickstart")
