@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rankbits.accounting.budget import Budget as Budget
     from rankbits.accounting.measure import cost as cost
     from rankbits.reports.cost_table import cost_table as cost_table
     from rankbits.training.callback import RankbitsCallback as RankbitsCallback
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     from rankbits.tuners.bayesian_lora import BayesianLoraConfig as BayesianLoraConfig
     from rankbits.tuners.bayesian_lora import harden as harden
     from rankbits.tuners.bayesian_lora import summarize as summarize
+    from rankbits.tuners.bayesian_lora.summary import summary as summary
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "BayesianLoraConfig": "rankbits.tuners.bayesian_lora",
+    "Budget": "rankbits.accounting.budget",
     "GateSchedule": "rankbits.training.schedule",
     "RankbitsCallback": "rankbits.training.callback",
     "cost": "rankbits.accounting.measure",
@@ -37,9 +40,11 @@ _PUBLIC = {
     "optimizer_and_scheduler": "rankbits.training.groups",
     "regularization_loss": "rankbits.training.objective",
     "summarize": "rankbits.tuners.bayesian_lora",
+    "summary": "rankbits.tuners.bayesian_lora.summary",
 }
 __all__ = [
     "BayesianLoraConfig",
+    "Budget",
     "GateSchedule",
     "RankbitsCallback",
     "__version__",
@@ -49,6 +54,7 @@ __all__ = [
     "optimizer_and_scheduler",
     "regularization_loss",
     "summarize",
+    "summary",
 ]
 
 

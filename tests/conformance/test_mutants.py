@@ -13,6 +13,7 @@ from peft import PeftConfig
 pytestmark = pytest.mark.slow
 
 SHARED = "rankbits.tuners.linear:AdapterLinear"
+ADAPTERS = "rankbits.tuners.bayesian_lora.adapters:GatedAdapters"
 LAYER = "rankbits.tuners.bayesian_lora.layer:BayesianLoraLinear"
 MODEL = "rankbits.tuners.bayesian_lora.model:BayesianLoraModel"
 CONFIG = "rankbits.tuners.bayesian_lora.config:BayesianLoraConfig"
@@ -37,7 +38,7 @@ MUTANTS = [
     ),
     Mutant(
         "disable_adapters is ignored in forward",
-        (Line(f"{SHARED}.forward", "if self.disable_adapters or self.merged:", "if self.merged:"),),
+        (Line(f"{SHARED}.forward", "if self.disable_adapters:", "if False:"),),
         rank_only("Custom", "test_disable_adapters") + rank_only("Decoder", "test_disable_adapter"),
     ),
     Mutant(
@@ -76,19 +77,19 @@ MUTANTS = [
     ),
     Mutant(
         "other_param_names is empty",
-        (Value(f"{LAYER}.other_param_names", ()),),
+        (Value(f"{ADAPTERS}.other_param_names", ()),),
         rank_only("Custom", "test_delete_adapter_properly_cleans_up_after_itself"),
     ),
     Mutant(
         "forward uses a second reference to a parameter",
         (
             Line(
-                f"{LAYER}.update_layer",
+                f"{ADAPTERS}.update_layer",
                 "self._move_adapter_to_device_of_base_layer(adapter_name)",
                 'self.__dict__["kept"] = self.bayesian_lora_down[adapter_name]; '
                 "self._move_adapter_to_device_of_base_layer(adapter_name)",
             ),
-            Line(f"{LAYER}._update", "self.bayesian_lora_down[adapter_name]", "self.kept"),
+            Line(f"{ADAPTERS}._factors", "self.bayesian_lora_down[adapter_name]", "self.kept"),
         ),
         rank_only("Custom", "test_forward_float16_no_autocast", "test_forward_bfloat16_no_autocast"),
     ),

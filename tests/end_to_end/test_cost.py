@@ -35,6 +35,7 @@ from rankbits.accounting.spec import Method, MethodSpec
 from rankbits.errors import ModelError
 from rankbits.records import CostRecord, Product
 from rankbits.tuners.bayesian_lora import adapted_layers, summarize
+from rankbits.tuners.bayesian_lora.config import Site
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -215,10 +216,14 @@ def test_quantized_inputs_reach_the_products_that_read_them() -> None:
     model = _calibrated(quantizers=["weight", "input"])
     with torch.no_grad():
         for _, layer in adapted_layers(model):
-            layer.gates_of("default").bit_logits.copy_(torch.tensor([[6.0, -6, -6, -6], [6.0, 6, -6, -6]]))
-    found = [p for p in cost(model, sequence_length=TOKENS).products if p.module.endswith("query")]
-    bits = {p.op: (p.bits_left, p.bits_right) for p in found}
-    assert bits == {"linear": (8, 4), "lora_down": (8, 32), "lora_up": (32, 32)}
+            for site, logits in (("weight", [6.0, -6, -6, -6]), ("input", [6.0, 6, -6, -6])):
+                gates, row = layer.gate_of("default", Site(site))
+                gates.bit_logits[row].copy_(torch.tensor(logits))
+    # The keys' layer has no quantizer of the input of its own: it reads what the queries' has rounded.
+    for last in ("query", "key"):
+        found = [p for p in cost(model, sequence_length=TOKENS).products if p.module.endswith(last)]
+        bits = {p.op: (p.bits_left, p.bits_right) for p in found}
+        assert bits == {"linear": (8, 4), "lora_down": (8, 32), "lora_up": (32, 32)}
 
 
 def test_weights_are_those_that_inference_keeps() -> None:

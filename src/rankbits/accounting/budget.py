@@ -6,23 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import isfinite
+from typing import Any
 
 from rankbits.accounting.macs import products
 from rankbits.accounting.params import targeted
+from rankbits.accounting.quantizers import ranges
 from rankbits.accounting.spec import Linear, MethodSpec, ModelShape
 from rankbits.errors import RecipeError
 from rankbits.records import CountOptions
 from rankbits.records.costs import REFERENCES, SCALE_BYTES, ReferenceBits
 
 WIDTHS = (2, 4, 8, 16, 32)
-_WEIGHT_SITES = ("weight", "down", "diagonal", "up")
 
 
 class Quantity(str, Enum):
     """What a budget limits."""
 
     BOPS = "bops"
-    """Bit operations of the adapted layers, as a share of the merged base's at the reference width."""
+    """Bit operations, as a share of the merged base's at the reference width."""
     BYTES = "bytes"
     """Bytes of the adapted layers' weights, as a share of the base's at the reference width."""
     BITS = "bits"
@@ -31,13 +32,79 @@ class Quantity(str, Enum):
     """Mean rank of the updates."""
 
 
+class Scope(str, Enum):
+    """Which products a budget on bit operations counts."""
+
+    ADAPTED = "adapted"
+    """Those of the adapted linear layers."""
+    MODEL = "model"
+    """Those of the whole model, with the products of attention."""
+
+
 @dataclass(frozen=True)
 class Budget:
-    """At most `limit` of a quantity. Shares refer to the merged base model `reference_bits` wide."""
+    """At most `limit` of a quantity, at the gates of inference.
+
+    Args:
+        quantity: what is limited: "bops", "bytes", "bits" or "rank".
+        limit: above 0. A share of the merged base model at the reference width for bit operations and bytes; bits per
+            weight; mean rank of a layer.
+        reference_bits: 16 or 32, the width of weights and activations of the base model that shares refer to.
+        sequence_length: tokens per sequence that bit operations are counted at; needed for the scope "model".
+        scope: what bit operations are counted of: "adapted" linear layers, or the whole "model".
+
+    Raises:
+        RecipeError: the quantity or the scope is unknown, a number is out of its range, the whole model is meant
+            without a sequence length, or for another quantity than bit operations. All problems together.
+    """
 
     quantity: Quantity
     limit: float
     reference_bits: ReferenceBits = 16
+    sequence_length: int | None = None
+    scope: Scope = Scope.ADAPTED
+
+    def __post_init__(self) -> None:
+        problems = [*self._unknown_names(), *self._bad_numbers()]
+        if problems:
+            raise RecipeError("budget: " + "; ".join(problems))
+        object.__setattr__(self, "quantity", Quantity(self.quantity))
+        object.__setattr__(self, "scope", Scope(self.scope))
+        if self.scope is Scope.MODEL and self.quantity is not Quantity.BOPS:
+            raise RecipeError(
+                f"budget: scope 'model' counts bit operations, given with {self.quantity.value}; expected 'adapted'"
+            )
+        if self.scope is Scope.MODEL and self.sequence_length is None:
+            raise RecipeError(
+                "budget: scope 'model' needs a sequence_length, for the products of attention grow with its square; "
+                "given none"
+            )
+
+    def _unknown_names(self) -> list[str]:
+        problems = []
+        quantities = [quantity.value for quantity in Quantity]
+        scopes = [scope.value for scope in Scope]
+        if self.quantity not in quantities:
+            problems.append(f"quantity: given {self.quantity!r}, expected one of {', '.join(quantities)}")
+        if self.scope not in scopes:
+            problems.append(f"scope: given {self.scope!r}, expected one of {', '.join(scopes)}")
+        return problems
+
+    def _bad_numbers(self) -> list[str]:
+        problems = []
+        limit: Any = self.limit
+        if not isinstance(limit, (int, float)) or not isfinite(limit) or limit <= 0:
+            problems.append(f"limit: given {limit!r}, expected a number above 0")
+        if self.reference_bits not in REFERENCES:
+            problems.append(f"the reference is 16 or 32 bits wide, given {self.reference_bits!r}")
+        length: Any = self.sequence_length
+        if length is not None and (not isinstance(length, int) or length < 1):
+            problems.append(f"sequence_length: given {length!r}, expected a whole number of at least 1")
+        return problems
+
+    def __str__(self) -> str:
+        """The text form, such as "bops=0.25"."""
+        return f"{self.quantity.value}={self.limit:g}"
 
 
 @dataclass(frozen=True)
@@ -57,10 +124,19 @@ class Expectation:
     mean_rank: float
 
 
-def parse_budget(text: str, reference_bits: int = 16) -> Budget:
+def parse_budget(
+    text: str, reference_bits: int = 16, *, sequence_length: int | None = None, scope: str = "adapted"
+) -> Budget:
     """The budget that a text such as "bops=0.5", "bytes=0.3", "bits=4.0" or "rank=2.5" names.
 
-    Raises RecipeError for another quantity, a limit that is not a positive number, or another reference than 16 or 32.
+    Args:
+        text: a quantity, "=" and a number above 0.
+        reference_bits: as in `Budget`.
+        sequence_length: as in `Budget`; it is about bit operations and means nothing to other quantities.
+        scope: as in `Budget`; likewise.
+
+    Raises:
+        RecipeError: the text is not of that form, or what `Budget` raises.
     """
     name, _, number = text.partition("=")
     names = [quantity.value for quantity in Quantity]
@@ -72,10 +148,11 @@ def parse_budget(text: str, reference_bits: int = 16) -> Budget:
         raise RecipeError(
             f"budget: given {text!r}, expected one of {', '.join(names)}, '=' and a number above 0, such as bits=4"
         )
-    matching = [reference for reference in REFERENCES if reference == reference_bits]
-    if not matching:
-        raise RecipeError(f"budget: the reference is 16 or 32 bits wide, given {reference_bits}")
-    return Budget(Quantity(name), limit, matching[0])
+    reference: Any = reference_bits
+    if name != Quantity.BOPS.value:
+        return Budget(Quantity(name), limit, reference)
+    chosen: Any = scope
+    return Budget(Quantity(name), limit, reference, sequence_length, chosen)
 
 
 def expectation(shape: ModelShape, spec: MethodSpec, options: CountOptions, budget: Budget) -> Expectation:
@@ -137,25 +214,28 @@ def _uniform(shape: ModelShape, spec: MethodSpec, width: int) -> MethodSpec:
 
 def _measure(shape: ModelShape, options: CountOptions, budget: Budget) -> Callable[[MethodSpec], float]:
     if budget.quantity is Quantity.BOPS:
-        return lambda spec: _bops_share(shape, spec, options, budget.reference_bits)
+        return lambda spec: _bops_share(shape, spec, options, budget)
     if budget.quantity is Quantity.BITS:
         return lambda spec: _mean_bits(shape, spec)
     return lambda spec: _bytes_share(shape, spec, budget.reference_bits)
 
 
-def _bops_share(shape: ModelShape, spec: MethodSpec, options: CountOptions, reference_bits: int) -> float:
+def _bops_share(shape: ModelShape, spec: MethodSpec, options: CountOptions, budget: Budget) -> float:
     adapted = {linear.name for linear in targeted(shape, spec)}
-    beside = options.model_copy(update={"adapters": "unmerged"})
-    counted = [product for product in products(shape, beside, spec) if product.module in adapted]
+    form = options.model_copy(update={"adapters": "merged" if spec.rounds_sum else "unmerged"})
+    listed = products(shape, form, spec)
+    counted = [p for p in listed if budget.scope is Scope.MODEL or p.module in adapted]
     base = sum(product.macs for product in counted if product.adapter is None)
-    return sum(product.bops for product in counted) / (base * reference_bits**2)
+    return sum(product.bops for product in counted) / (base * budget.reference_bits**2)
 
 
 def _tensors(linear: Linear, spec: MethodSpec) -> dict[str, int]:
-    """Numbers of each weight of an adapted layer, by the site of its quantizer."""
-    rank = spec.rank
-    sizes = (linear.d_in * linear.d_out, rank * linear.d_in, rank, rank * linear.d_out)
-    return dict(zip(_WEIGHT_SITES, sizes, strict=True))
+    """Numbers of each weight that is kept of an adapted layer, by the site of its quantizer."""
+    sizes = {"weight": linear.d_in * linear.d_out}
+    if not spec.rounds_sum:
+        rank = spec.rank
+        sizes |= {"down": rank * linear.d_in, "diagonal": rank, "up": rank * linear.d_out}
+    return sizes
 
 
 def _mean_bits(shape: ModelShape, spec: MethodSpec) -> float:
@@ -173,7 +253,8 @@ def _bytes_share(shape: ModelShape, spec: MethodSpec, reference_bits: int) -> fl
         base += linear.d_in * linear.d_out * reference_bits // 8
         for site, size in _tensors(linear, spec).items():
             width = spec.widths[linear.name].get(site, 32)
-            size_bytes += (size * width + 7) // 8 + (SCALE_BYTES if site in spec.sites else 0)
+            scales = ranges(linear, site, spec) if site in spec.sites else 0
+            size_bytes += (size * width + 7) // 8 + scales * SCALE_BYTES
     return size_bytes / base
 
 

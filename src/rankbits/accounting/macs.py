@@ -21,6 +21,7 @@ from rankbits.accounting.methods import (
     sublayer_products,
 )
 from rankbits.accounting.params import targeted
+from rankbits.accounting.quantizers import Owned, kept_activations, owned
 from rankbits.accounting.spec import Activation, Attention, Convolution, Linear, MethodSpec, ModelShape, Norm, Rows
 from rankbits.accounting.widths import with_widths
 from rankbits.errors import ModelError
@@ -63,13 +64,16 @@ def elements(shape: ModelShape, options: CountOptions, spec: MethodSpec | None =
 
     Raises ModelError as `products` does.
     """
-    options, beside, adapted = _resolved(shape, options, spec)
+    options, beside, _ = _resolved(shape, options, spec)
+    quantizing = spec if beside is not None or (spec is not None and spec.rounds_sum) else None
+    own = owned(targeted(shape, quantizing), quantizing) if quantizing is not None else {}
     work: list[ElementWork] = []
     for part in shape.parts:
         work += _part_elements(part, shape.hidden, options)
-        if isinstance(part, Linear) and beside is not None and part.name in adapted:
+        if isinstance(part, Linear) and quantizing is not None and part.name in own:
             rows = row_count(part.rows, options) + _position_rows(part, options)
-            work += adapter_elements(part, beside, rows) + _quantizer_elements(part, beside, rows)
+            work += adapter_elements(part, beside, rows) if beside is not None else []
+            work += _quantizer_elements(part, quantizing, own[part.name], rows)
     if beside is not None:
         work += sublayer_elements(shape, beside, *_stack_rows(options))
     return [entry for entry in work if entry.elements]
@@ -309,9 +313,9 @@ def _attention_elements(attention: Attention, hidden: int, options: CountOptions
     yield ElementWork(module=attention.name, op="residual", elements=rows * hidden)
 
 
-def _quantizer_elements(linear: Linear, spec: MethodSpec, rows: int) -> list[ElementWork]:
-    """Rounding of activations; weights are rounded once and not in each pass."""
+def _quantizer_elements(linear: Linear, spec: MethodSpec, own: Owned, rows: int) -> list[ElementWork]:
+    """Rounding of activations, a shared one once; weights are rounded once and not in each pass."""
     rank = spec.ranks.get(linear.name, spec.rank)
     sizes = {"input": linear.d_in, "down_output": rank, "diagonal_output": rank, "output": linear.d_out}
-    written = sum(size for site, size in sizes.items() if site in spec.widths.get(linear.name, spec.sites))
+    written = sum(sizes[site] for site in kept_activations(linear, own, spec))
     return [ElementWork(module=linear.name, op="quantizer", elements=rows * written)]

@@ -103,20 +103,6 @@ def adapter_products(
     Raises:
         ModelError: MoRA's matrix would be larger than the layer.
     """
-    rank = active_rank(linear, spec)
-    shapes: list[tuple[str, str, str, tuple[int, int, int], bool]] = []
-    if spec.method is Method.MORA:
-        side = mora_side(linear, spec.rank)
-        shapes.append(("mora", "c", "M", (rows * _blocks(linear, spec.rank, side), side, side), constant))
-    if spec.method in LOW_RANK or spec.method in FIXED_UP:
-        shapes.append(("lora_down", "x", "A", (rows, linear.d_in, rank), constant))
-    if spec.method in LOW_RANK:
-        shapes.append(("lora_up", "h", "B", (rows, rank, linear.d_out), constant))
-    if spec.method in FIXED_DOWN:
-        shapes.append(("lora_up", "x", "B", (rows, rank, linear.d_out), constant))
-    if spec.method in WITH_MAGNITUDE:
-        shapes.append(("dora_down", "identity", "A", (linear.d_in, linear.d_in, rank), True))
-        shapes.append(("dora_up", "A^T", "B", (linear.d_in, rank, linear.d_out), True))
     return [
         Product(
             module=linear.name,
@@ -131,10 +117,33 @@ def adapter_products(
             constant=fixed,
             adapter=adapter,
         )
-        for op, left, right, (m, k, n), fixed in shapes
+        for op, left, right, (m, k, n), fixed in _shapes(linear, spec, rows, constant=constant)
         # A layer pruned to rank 0 multiplies nothing.
         if min(m, k, n)
     ]
+
+
+def _shapes(
+    linear: Linear, spec: MethodSpec, rows: int, *, constant: bool
+) -> Iterator[tuple[str, str, str, tuple[int, int, int], bool]]:
+    """Name, operands, sizes m, k and n of each product of an adapter, and whether it does not depend on the input."""
+    rank, d_in, d_out = active_rank(linear, spec), linear.d_in, linear.d_out
+    if spec.rounds_sum:
+        # The update is formed as a matrix at each call, because the quantizer reads its sum with W0.
+        yield "lora_merge", "B", "A", (d_out, rank, d_in), True
+        return
+    if spec.method is Method.MORA:
+        side = mora_side(linear, spec.rank)
+        yield "mora", "c", "M", (rows * _blocks(linear, spec.rank, side), side, side), constant
+    if spec.method in LOW_RANK or spec.method in FIXED_UP:
+        yield "lora_down", "x", "A", (rows, d_in, rank), constant
+    if spec.method in LOW_RANK:
+        yield "lora_up", "h", "B", (rows, rank, d_out), constant
+    if spec.method in FIXED_DOWN:
+        yield "lora_up", "x", "B", (rows, rank, d_out), constant
+    if spec.method in WITH_MAGNITUDE:
+        yield "dora_down", "identity", "A", (d_in, d_in, rank), True
+        yield "dora_up", "A^T", "B", (d_in, rank, d_out), True
 
 
 def adapter_elements(linear: Linear, spec: MethodSpec, rows: int) -> list[ElementWork]:
@@ -144,13 +153,16 @@ def adapter_elements(linear: Linear, spec: MethodSpec, rows: int) -> list[Elemen
     """
     rank, d_in, d_out = active_rank(linear, spec), linear.d_in, linear.d_out
     work: dict[str, int] = {}
-    if spec.method in LOW_RANK or spec.method in FIXED_DOWN:
+    if spec.rounds_sum:
+        size = d_in * d_out
+        work = {"diagonal": d_out * rank, "adapter_scale": size, "adapter_add": size, "weight_quantizer": size}
+    elif spec.method in LOW_RANK or spec.method in FIXED_DOWN:
         work = {"adapter_scale": rows * d_out, "adapter_add": rows * d_out}
     if spec.method in FIXED_DOWN:
         work["gather"] = rows * rank
     if spec.method in FIXED_UP:
         work = {"adapter_scale": rows * rank, "scatter": rows * rank}
-    if spec.method in WITH_DIAGONAL:
+    if spec.method in WITH_DIAGONAL and not spec.rounds_sum:
         work["diagonal"] = rows * rank
     if spec.method in WITH_MAGNITUDE:
         # The base's own output is scaled too, and the updated weight is written before its norm is taken.

@@ -17,12 +17,10 @@ from rankbits.accounting.methods import (
     bottleneck_width,
     mora_side,
 )
+from rankbits.accounting.quantizers import GATES_PER_QUANTIZER, Owned, owned, ranges
 from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Part, Rows, Table
 from rankbits.accounting.trained import NOT_ALL_LINEAR, inside, is_head, top_blocks
 from rankbits.errors import ModelError
-
-GATES_PER_QUANTIZER = 4
-"""One for each width above 2: 4, 8, 16 and 32 bits (Bayesian-LoRA, Eq. 5)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,7 @@ class ParameterCount:
         adapter: the matrices of adapters, magnitudes, biases of bottlenecks, virtual tokens.
         diagonal: entries of E between B and A.
         gates: logits of rank gates and of bit-width gates.
-        ranges: one per quantizer.
+        ranges: one per quantizer, for weights one per channel or group where ranges are that fine.
         head: modules trained and saved in full.
         base: weights of the pre-trained model itself.
         stored_indices: integers that are kept with the adapter and not trained.
@@ -72,7 +70,8 @@ def count(shape: ModelShape, spec: MethodSpec) -> ParameterCount:
 
     One linear layer from d_in to d_out: r(d_in + d_out) for LoRA (Hu et al. 2022) and what grows from it, + d_out for
     DoRA (Liu et al. 2024), r d_out or r d_in for SBoRA (Po et al. 2024), s^2 for MoRA (Jiang et al. 2024), and for
-    Bayesian-LoRA r + (r - 1) + 5 per quantizer more. A bottleneck of width w on hidden size d: 2 d w + w + d. A prefix
+    Bayesian-LoRA r + (r - 1) + 4 per quantizer and its ranges more. What layers share counts once: the quantizer of an
+    input that they read, the gates of tied weights. A bottleneck of width w on hidden size d: 2 d w + w + d. A prefix
     of n tokens: 2 n times the widths of all keys; a prompt: n d per stack.
 
     Raises:
@@ -80,8 +79,10 @@ def count(shape: ModelShape, spec: MethodSpec) -> ParameterCount:
     """
     total = ParameterCount(head=_parameters_of(shape, spec.trained_in_full))
     if spec.method in ON_LINEARS:
-        for linear in targeted(shape, spec):
-            total += layer_count(linear, spec)
+        layers = targeted(shape, spec)
+        own = owned(layers, spec)
+        for linear in layers:
+            total += layer_count(linear, spec, own[linear.name])
         return total
     if spec.method is Method.FULL:
         return ParameterCount(base=base_parameters(shape))
@@ -92,11 +93,16 @@ def count(shape: ModelShape, spec: MethodSpec) -> ParameterCount:
     return total + ParameterCount(adapter=_between_layers(shape, spec))
 
 
-def layer_count(linear: Linear, spec: MethodSpec) -> ParameterCount:
+def layer_count(linear: Linear, spec: MethodSpec, own: Owned) -> ParameterCount:
     """What the adapter of one linear layer trains.
 
+    Args:
+        linear: the layer.
+        spec: the method.
+        own: which quantizers and gates are this layer's own.
+
     Raises:
-        ModelError: the rank is below 1 or more than the layer can have.
+        ModelError: the rank is below 1 or more than the layer can have; groups of ranges do not divide its inputs.
     """
     rank, d_in, d_out = spec.rank, linear.d_in, linear.d_out
     _check_rank(linear, spec)
@@ -113,7 +119,10 @@ def layer_count(linear: Linear, spec: MethodSpec) -> ParameterCount:
     if spec.method is not Method.BAYESIAN_LORA:
         return matrices
     rank_gates = rank - 1 if spec.learn_rank else 0
-    return matrices + ParameterCount(gates=rank_gates + GATES_PER_QUANTIZER * len(spec.sites), ranges=len(spec.sites))
+    return matrices + ParameterCount(
+        gates=rank_gates + GATES_PER_QUANTIZER * len(own.gates),
+        ranges=sum(ranges(linear, site, spec) for site in own.quantizers),
+    )
 
 
 def _check_rank(linear: Linear, spec: MethodSpec) -> None:

@@ -18,6 +18,7 @@ from rankbits.accounting.methods import (
     mora_side,
 )
 from rankbits.accounting.params import count, targeted
+from rankbits.accounting.quantizers import Owned, kept_activations, owned, ranges
 from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Table
 from rankbits.accounting.weights import NF4_BLOCK
 from rankbits.accounting.widths import FOUR_BIT_BASES, four_bit_layers
@@ -25,8 +26,6 @@ from rankbits.records import CostRecord, CountOptions, WeightRecord
 from rankbits.records.costs import Width
 
 INDEX_BITS: Width = 32
-ACTIVATION_SITES = frozenset({"input", "down_output", "diagonal_output", "output"})
-"""Quantizers of activations: their ranges come with no weight, so they are kept by themselves."""
 
 
 def predict(shape: ModelShape, options: CountOptions, spec: MethodSpec | None = None) -> CostRecord:
@@ -52,17 +51,21 @@ def predict(shape: ModelShape, options: CountOptions, spec: MethodSpec | None = 
 def weights(shape: ModelShape, options: CountOptions, spec: MethodSpec | None = None) -> Iterator[WeightRecord]:
     """Every tensor that inference keeps, with its width: look-up tables where the options count them.
 
-    Floats are `options.float_bits` wide. A merged weight is a float, because the sum lies on no grid.
+    Floats are `options.float_bits` wide. A merged weight is a float, because the sum of two grids lies on none. One
+    whose quantizer rounds the sum is on its grid once it is merged, with its ranges, and a float before.
     """
     unmerged = spec is not None and (options.adapters == "unmerged" or not can_merge(spec.method))
-    adapted = {linear.name for linear in targeted(shape, spec)} if spec is not None and unmerged else set()
+    on_grid = spec is not None and unmerged != spec.rounds_sum
+    layers = targeted(shape, spec) if spec is not None and (unmerged or on_grid) else []
+    own = owned(layers, spec) if spec is not None else {}
     four_bit = spec is not None and unmerged and spec.method in FOUR_BIT_BASES
     narrow = four_bit_layers(shape, spec) if spec is not None and four_bit else frozenset[str]()
     for part in shape.parts:
         if isinstance(part, Linear):
-            yield from _linear(part, options, spec if unmerged else None, narrow)
-            if spec is not None and part.name in adapted:
-                yield from _adapter(part, spec, options.float_bits)
+            yield from _linear(part, options, spec if on_grid else None, narrow)
+            if spec is not None and part.name in own:
+                yield from _adapter(part, spec, options.float_bits) if unmerged else ()
+                yield from _ranges(part, spec, own[part.name], adapter="default" if unmerged else None)
         elif isinstance(part, Convolution):
             volume = part.c_in * part.c_out // part.groups * prod(part.kernel)
             yield WeightRecord(module=part.name, operand="W0", elements=volume, bits=options.float_bits)
@@ -107,11 +110,17 @@ def _adapter(linear: Linear, spec: MethodSpec, floats: int) -> Iterator[WeightRe
         sizes.append(("M", mora_side(linear, spec.rank) ** 2, ""))
     for operand, size, site in sizes:
         yield _tensor(linear, operand, size, site, spec, floats).model_copy(update={"adapter": "default"})
-    ranges = sum(site in ACTIVATION_SITES for site in spec.sites)
-    if ranges:
-        yield WeightRecord(module=linear.name, operand="ranges", elements=ranges, bits=32, adapter="default")
     if method in FIXED_DOWN | FIXED_UP:
         yield WeightRecord(module=linear.name, operand="indices", elements=rank, bits=INDEX_BITS, adapter="default")
+
+
+def _ranges(linear: Linear, spec: MethodSpec, own: Owned, *, adapter: str | None) -> Iterator[WeightRecord]:
+    """Ranges that come with no packed weight: of activations, and of a sum that is rounded at each call."""
+    kept = len(list(kept_activations(linear, own, spec)))
+    if spec.rounds_sum and adapter is not None:
+        kept += ranges(linear, "weight", spec)
+    if kept:
+        yield WeightRecord(module=linear.name, operand="ranges", elements=kept, bits=32, adapter=adapter)
 
 
 def _between_layers(shape: ModelShape, spec: MethodSpec, floats: Width) -> Iterator[WeightRecord]:
@@ -134,6 +143,6 @@ def _tensor(linear: Linear, operand: str, size: int, site: str, spec: MethodSpec
             "operand": operand,
             "elements": size,
             "bits": floats if width is None else width,
-            "scales": 0 if width is None else 1,
+            "scales": 0 if width is None or spec is None else ranges(linear, site, spec),
         }
     )

@@ -197,6 +197,23 @@ class Method(str, Enum):
     BAYESIAN_LORA = "bayesian-lora"
 
 
+class Placement(str, Enum):
+    """What the quantizer of a weight rounds (Bayesian-LoRA)."""
+
+    SEPARATE = "separate"
+    """W0, beside an update with quantizers of its own."""
+    MERGED = "merged"
+    """The sum of W0 and the update: merging is exact, and nothing runs beside the weight at inference."""
+
+
+class Granularity(str, Enum):
+    """Which elements of a weight share a range."""
+
+    TENSOR = "tensor"
+    CHANNEL = "channel"
+    GROUP = "group"
+
+
 @dataclass(frozen=True)
 class MethodSpec:
     """One method with the sizes that decide its cost.
@@ -210,6 +227,13 @@ class MethodSpec:
             diagonal_output, output, input); absent is 32.
         sites: sites that have a quantizer (Bayesian-LoRA).
         learn_rank: whether ranks have gates (Bayesian-LoRA).
+        placement: what the weight's quantizer rounds (Bayesian-LoRA).
+        granularity: which elements of the weight share a range; all other tensors have one (Bayesian-LoRA).
+        group_size: consecutive inputs of a row that share a range, where ranges go by groups.
+        share_inputs: layers that read the same tensor have one quantizer for it (Bayesian-LoRA).
+        tie_groups: such layers have one weight width, too (Bayesian-LoRA).
+        weight_gradient_rows: rows of a batch that the gradient of the weight's gates and ranges is estimated from; None
+            is all of them (Bayesian-LoRA).
         width: bottleneck width, or None for the method's usual fraction of the hidden size.
         virtual_tokens: length of a prefix or prompt.
         trained_in_full: last names of modules trained and saved in full, such as a classifier.
@@ -223,7 +247,18 @@ class MethodSpec:
     widths: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     sites: tuple[str, ...] = ()
     learn_rank: bool = True
+    placement: Placement = Placement.SEPARATE
+    granularity: Granularity = Granularity.TENSOR
+    group_size: int = 64
+    share_inputs: bool = True
+    tie_groups: bool = False
+    weight_gradient_rows: int | None = None
     width: int | None = None
     virtual_tokens: int = 20
     trained_in_full: tuple[str, ...] = ()
     layers: int = 0
+
+    @property
+    def rounds_sum(self) -> bool:
+        """Whether one quantizer rounds the sum of W0 and the update, so that merging keeps every width."""
+        return self.method is Method.BAYESIAN_LORA and self.placement is Placement.MERGED and "weight" in self.sites

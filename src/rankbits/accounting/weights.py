@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rankbits.accounting.params import count, layer_count, targeted, tensor_sizes
+from rankbits.accounting.quantizers import owned
 from rankbits.accounting.settings import TrainingSettings
 from rankbits.accounting.spec import Linear, Method, MethodSpec, ModelShape
 from rankbits.accounting.trained import trained_in_full
@@ -75,8 +76,9 @@ def trained_sizes(shape: ModelShape, spec: MethodSpec) -> list[int]:
 def adapter_sizes(shape: ModelShape, spec: MethodSpec) -> Iterator[int]:
     """Elements of each trained tensor of the adapters; small ones (gates, ranges, E) as one."""
     layers = targeted(shape, spec)
+    own = owned(layers, spec)
     for linear in layers:
-        found = layer_count(linear, spec)
+        found = layer_count(linear, spec, own[linear.name])
         if found.adapter == spec.rank * (linear.d_in + linear.d_out):
             yield from (spec.rank * linear.d_in, spec.rank * linear.d_out)
         else:

@@ -22,7 +22,8 @@ def with_widths(
 
     A weight or an input has its quantizer's width. A layer's output has its output quantizer's, and keeps it on the way
     into attention unless positions rotate it. Attention probabilities are floats. A merged
-    weight Q(W0) + B E A lies on no grid, so it is a float, and so is the weight of a merged 4-bit base.
+    weight Q(W0) + B E A lies on no grid, so it is a float, and so is the weight of a merged 4-bit base; a merged weight
+    Q(W0 + B E A) keeps its width. Beside each other, W0 and B E A are floats until their sum is rounded.
 
     Args:
         products: as listed by the formulas, all 32 bits wide.
@@ -45,7 +46,8 @@ def with_widths(
             own = spec.widths.get(product.module, {})
             bits = {name: own.get(_SITE_OF_OPERAND.get(name, ""), FLOAT) for name in (product.left, product.right)}
             if product.right == "W0":
-                bits["W0"] = FLOAT if merged else 4 if product.module in narrow else bits["W0"]
+                leaves_grid = merged and not spec.rounds_sum
+                bits["W0"] = FLOAT if leaves_grid else 4 if product.module in narrow else bits["W0"]
         widened.append(product.model_copy(update={"bits_left": bits[product.left], "bits_right": bits[product.right]}))
     return widened
 

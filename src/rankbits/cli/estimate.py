@@ -156,13 +156,15 @@ def _budget(budget: Budget, expected: Expectation) -> tuple[str, Rows]:
         ("mean bits, if all share one width", bits),
         ("mean rank", f"{expected.mean_rank:.2f}"),
     ]
-    return f"Budget {budget.quantity.value}={budget.limit:g}: {_BUDGETS[budget.quantity.value]}", rows
+    meaning = _BUDGETS[budget.quantity.value].format(bits=budget.reference_bits, scope=_SCOPES[budget.scope.value])
+    return f"Budget {budget}: {meaning}", rows
 
 
 _AT_INFERENCE = {"activations": "key-value cache"}
+_SCOPES = {"adapted": "the adapted layers", "model": "the whole model"}
 _BUDGETS = {
-    "bops": "bit operations of the adapted layers, as a share of the merged base's at 16 bits",
-    "bytes": "bytes of the adapted layers' weights, as a share of the base's at 16 bits",
+    "bops": "bit operations of {scope}, as a share of the merged base's at {bits} bits",
+    "bytes": "bytes of the adapted layers' weights, as a share of the base's at {bits} bits",
     "bits": "mean bits of the adapted layers' weights",
     "rank": "mean rank",
 }

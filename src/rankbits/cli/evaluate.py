@@ -21,9 +21,11 @@ def evaluate(
 
     from rankbits.cli.running import quiet_libraries
     from rankbits.recipes.run import evaluate as score_run
+    from rankbits.records.metrics import lower_is_better, unit
 
     quiet_libraries()
-    table = Table("split", "metric", "score in percent")
+    table = Table("split", "metric", "score", "unit")
     for score in score_run(run, task=task, data=data):
-        table.add_row(score.split, score.metric, f"{score.value:.2f}")
+        direction = ", less is better" if lower_is_better(score.metric) else ""
+        table.add_row(score.split, score.metric, f"{score.value:.2f}", unit(score.metric) + direction)
     Console().print(table)

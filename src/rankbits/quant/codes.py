@@ -1,7 +1,10 @@
 """Integer codes of a tensor at one bit width: the only rounding used outside sampled training.
 
-Evaluation, the fixed-gate phase, hardened models, merging and exporters all go through `codes`, so that what is
-evaluated is bit for bit what is delivered. It is never compiled: fused code may break a tie the other way.
+Evaluation, the fixed-gate phase, hardened models, merging and exporters all round as `codes` does, so that what is
+evaluated is bit for bit what is delivered. Training passes on a CPU run the same arithmetic fused into one pass over
+memory: its divisions are true divisions there, and tests compare every width, bit for bit but for the sign of a zero.
+Compilers for other devices divide approximately unless told otherwise, so there, and wherever no gradient is asked for,
+the arithmetic runs as it stands here.
 """
 
 from __future__ import annotations
@@ -12,6 +15,10 @@ import torch
 from torch import Tensor
 
 from rankbits.quant.grid import UNROUNDED_WIDTH, compute_dtype, hold_step
+from rankbits.quant.kernels import Fused, RangeRows
+
+EQUAL_DEVICES = ("cpu",)
+"""Where fused rounding is known to equal what it is fused from."""
 
 
 def step_at(range_: Tensor, bits: Tensor | int, *, signed: bool = True) -> Tensor:
@@ -22,8 +29,7 @@ def step_at(range_: Tensor, bits: Tensor | int, *, signed: bool = True) -> Tenso
         bits: width, an int or an integer tensor that broadcasts over `range_`; meaningful for 2, 4, 8 and 16.
         signed: whether the grid covers both sides of zero.
     """
-    levels = torch.as_tensor(bits, device=range_.device).to(range_.dtype).exp2() - 1.0
-    return hold_step(range_ / (levels / 2.0 if signed else levels))
+    return hold_step(range_ / _steps_in_range(_width(bits, range_), signed))
 
 
 def codes(x: Tensor, step: Tensor, bits: Tensor | int, *, signed: bool = True) -> Tensor:
@@ -38,37 +44,111 @@ def codes(x: Tensor, step: Tensor, bits: Tensor | int, *, signed: bool = True) -
     Returns:
         Codes of the shape of `x`, as whole numbers in the computing dtype. Bayesian-LoRA, Eq. 3.
     """
-    width = torch.as_tensor(bits, device=step.device).to(step.dtype)
-    high = (width - 1.0).exp2() - 1.0 if signed else width.exp2() - 1.0
-    low = -high if signed else torch.zeros_like(high)
+    low, high = _code_limits(_width(bits, step), signed)
     return torch.clamp(torch.round(x.to(step.dtype) / step), low, high)
 
 
+def _width(bits: Tensor | int, like: Tensor) -> Tensor:
+    """The width as a tensor on the device and of the dtype of `like`; a number is not copied there, but filled in."""
+    return bits.to(like) if isinstance(bits, Tensor) else torch.full((), bits, dtype=like.dtype, device=like.device)
+
+
+def _steps_in_range(width: Tensor, signed: bool) -> Tensor:
+    """The range divided by the step."""
+    levels = width.exp2() - 1.0
+    return levels / 2.0 if signed else levels
+
+
+def _code_limits(width: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Smallest and largest code."""
+    high = (width - 1.0).exp2() - 1.0 if signed else width.exp2() - 1.0
+    return (-high if signed else torch.zeros_like(high)), high
+
+
+def _grid(bits: Tensor | int, like: Tensor, signed: bool) -> Tensor:
+    """What `round_forward` needs to know of a width, [5], in the dtype of the range."""
+    width = _width(bits, like)
+    side = torch.full_like(width, -1.0 if signed else 0.0)
+    unrounded = (width >= UNROUNDED_WIDTH).to(width.dtype)
+    return torch.stack([_steps_in_range(width, signed), *_code_limits(width, signed), side, unrounded])
+
+
+def round_forward(x: Tensor, beta: Tensor, grid: Tensor) -> Tensor:
+    """Values on the grid of one width.
+
+    Args:
+        x: values, any shape and floating dtype.
+        beta: positive ranges in the computing dtype; broadcast over `x`.
+        grid: [5] range / step; smallest and largest code; -1 or 0, the lower end of the range in units of `beta`; 1 if
+            values are clipped and not rounded, else 0. In the dtype of `beta`.
+
+    Returns:
+        Of the shape and dtype of `x`.
+    """
+    return _on_grid(x.to(beta.dtype), beta, grid).to(x.dtype)
+
+
+def round_backward(x: Tensor, beta: Tensor, grid: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `round_forward`: those of the residual quantizer with gates that are 0 or 1.
+
+    Args:
+        x: [n, k] values, any floating dtype.
+        beta: [n, 1] positive ranges in the computing dtype.
+        grid: as in the forward.
+        grad: [n, k] gradient of the loss by the output.
+
+    Returns:
+        The gradients of x [n, k] and of beta [n, 1].
+    """
+    values, g = x.to(beta.dtype), grad.to(beta.dtype)
+    inside = (values >= beta * grid[3]) & (values <= beta)
+    homogeneity = _on_grid(values, beta, grid) - torch.where(inside, values, 0.0)
+    grad_beta = (g * (homogeneity / hold_step(beta))).sum(dim=1, keepdim=True)
+    return torch.where(inside, g, 0.0).to(x.dtype), grad_beta
+
+
+def mask_backward(x: Tensor, beta: Tensor, grid: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of x alone, for a range that is not trained; arguments as in `round_backward`."""
+    values = x.to(beta.dtype)
+    inside = (values >= beta * grid[3]) & (values <= beta)
+    return torch.where(inside, grad, 0.0)
+
+
+def _on_grid(values: Tensor, beta: Tensor, grid: Tensor) -> Tensor:
+    """Step times code, or the clipped value at 32 bits; of the shape and dtype of `values`."""
+    steps_in_range, low, high, side, unrounded = grid.unbind()
+    step = hold_step(beta / steps_in_range)
+    rounded = step * torch.clamp(torch.round(values / step), low, high)
+    return torch.where(unrounded > 0, torch.clamp(values, beta * side, beta), rounded)
+
+
+_forward = Fused(round_forward)
+_backward = Fused(round_backward)
+_mask = Fused(mask_backward)
+
+
 class _RoundToGrid(torch.autograd.Function):
-    """Rounding at a fixed width; backward of the residual quantizer with gates that are 0 or 1."""
+    """Rounding at a fixed width in a training pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, beta: Tensor, bits: Tensor | int, signed: bool) -> Tensor:
-        ctx.save_for_backward(x, beta)
-        ctx.bits, ctx.signed = bits, signed
-        return _on_grid(x, beta, bits, signed).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, beta: Tensor, grid: Tensor) -> Tensor:
+        ctx.save_for_backward(x, beta, grid)
+        rows = RangeRows(x, beta)
+        # Not a view, which PyTorch would not let a following layer change in place.
+        rounding = _forward if x.device.type in EQUAL_DEVICES else round_forward
+        result: Tensor = rounding(rows.of(x), rows.of_range(beta), grid)
+        shaped: Tensor = torch.ops.aten._unsafe_view(result, x.shape)
+        return shaped
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, beta = ctx.saved_tensors
-        values, g = x.to(beta.dtype), grads[0].to(beta.dtype)
-        inside = (values >= (-beta if ctx.signed else 0.0)) & (values <= beta)
-        homogeneity = _on_grid(x, beta, ctx.bits, ctx.signed) - torch.where(inside, values, 0.0)
-        grad_beta = (g * (homogeneity / hold_step(beta))).sum_to_size(beta.shape)
-        return torch.where(inside, g, 0.0).to(x.dtype), grad_beta, None, None
-
-
-def _on_grid(x: Tensor, beta: Tensor, bits: Tensor | int, signed: bool) -> Tensor:
-    """Step times code, or the clipped value at 32 bits; of the shape of x, in the computing dtype."""
-    step = step_at(beta, bits, signed=signed)
-    rounded = step * codes(x, step, bits, signed=signed)
-    clipped = torch.clamp(x.to(beta.dtype), -beta if signed else torch.zeros_like(beta), beta)
-    return torch.where(torch.as_tensor(bits, device=x.device) >= UNROUNDED_WIDTH, clipped, rounded)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, beta, grid = ctx.saved_tensors
+        rows = RangeRows(x, beta)
+        inputs = (rows.of(x), rows.of_range(beta), grid, rows.of(grads[0]))
+        if not ctx.needs_input_grad[1]:
+            return _mask(*inputs).reshape(x.shape), None, None
+        grad_x, grad_rows = _backward(*inputs)
+        return grad_x.reshape(x.shape), rows.range_gradient(grad_rows, beta), None
 
 
 def round_to_grid(x: Tensor, range_: Tensor, bits: Tensor | int, *, signed: bool = True) -> Tensor:
@@ -84,7 +164,9 @@ def round_to_grid(x: Tensor, range_: Tensor, bits: Tensor | int, *, signed: bool
         A tensor of the shape and dtype of `x`; differentiable in `x` (identity inside the range, straight-through)
         and in `range_`.
     """
-    result: Tensor = _RoundToGrid.apply(  # type: ignore[no-untyped-call]
-        x, range_.to(compute_dtype(x.dtype)), bits, signed
-    )
+    beta = range_.to(compute_dtype(x.dtype))
+    grid = _grid(bits, beta, signed)
+    if not torch.is_grad_enabled():
+        return round_forward(x, beta, grid)
+    result: Tensor = _RoundToGrid.apply(x, beta, grid)  # type: ignore[no-untyped-call]
     return result

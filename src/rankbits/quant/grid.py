@@ -7,6 +7,7 @@ van Baalen et al. 2020. No step is ever zero: below the smallest normal number i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -31,6 +32,62 @@ class Signedness(str, Enum):
     SIGNED = "signed"
     UNSIGNED = "unsigned"
     AUTO = "auto"
+
+
+class Granularity(str, Enum):
+    """How many elements of a weight share one range."""
+
+    TENSOR = "tensor"
+    CHANNEL = "channel"
+    GROUP = "group"
+
+
+@dataclass(frozen=True)
+class RangeLayout:
+    """How a matrix [out, in] falls into parts with one range each.
+
+    Args:
+        granularity: one range for the whole tensor, for each output channel (row), or for each group of consecutive
+            inputs of a row.
+        group_size: elements of a group; meaningful for groups alone.
+    """
+
+    granularity: Granularity = Granularity.TENSOR
+    group_size: int = 64
+
+    def parts(self, x: Tensor) -> Tensor:
+        """A view of `x` over which ranges of `range_shape` broadcast.
+
+        Raises:
+            ValueError: groups that do not divide the rows of `x`.
+        """
+        if self.granularity is not Granularity.GROUP:
+            return x
+        self._check(x.shape[-1])
+        parts: Tensor = x.unflatten(-1, (-1, self.group_size))
+        return parts
+
+    def range_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the ranges of a weight of this shape: (1,), (out, 1) or (out, in / group_size, 1)."""
+        if self.granularity is Granularity.TENSOR:
+            return (1,)
+        if self.granularity is Granularity.CHANNEL:
+            return (shape[0], 1)
+        self._check(shape[-1])
+        return (shape[0], shape[-1] // self.group_size, 1)
+
+    def magnitudes(self, x: Tensor) -> Tensor:
+        """Largest absolute value of each part, of `range_shape`."""
+        if self.granularity is Granularity.TENSOR:
+            return x.abs().amax().reshape(1)
+        return self.parts(x).abs().amax(dim=-1, keepdim=True)
+
+    def _check(self, inputs: int) -> None:
+        if inputs % self.group_size:
+            raise ValueError(f"groups of {self.group_size} do not divide rows of {inputs} inputs")
+
+
+PER_TENSOR = RangeLayout()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

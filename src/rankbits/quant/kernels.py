@@ -1,6 +1,8 @@
 """The residual quantizer with its closed-form backward, fused by torch.compile.
 
-Same signature and values as `reference.quantize`, except that fused code may break a tie of rounding the other way.
+Same signature and values as `reference.quantize`, except that levels are worked out in units of the coarsest step, and
+fused, which may change the last bits of a value and break a tie of rounding the other way.
+
 The backward needs only the input, the range, the gates and the incoming gradient; residuals are recomputed, so nothing
 else is saved. Inside the range the gradient of the input is the identity whatever the gates, because the
 straight-through terms of the residuals cancel; and because the quantizer is homogeneous of degree one in (x, range),
@@ -21,8 +23,9 @@ from torch import Tensor
 from rankbits.errors import RankbitsWarning
 from rankbits.quant.grid import (
     COARSEST_CODES,
-    RESIDUAL_BOUNDS,
+    GATED_WIDTHS,
     STEP_DIVISORS,
+    UNROUNDED_WIDTH,
     coarsest_step,
     compute_dtype,
     hold_step,
@@ -32,16 +35,27 @@ COMPILE_SWITCH = "RANKBITS_COMPILE"
 """Environment variable; 0 keeps the kernels eager."""
 
 
-def _residuals(clipped: Tensor, beta: Tensor, signed: bool) -> list[Tensor]:
-    """The 2-bit part and the four residuals of clipped values; each [n, k] like `clipped`."""
-    step = coarsest_step(beta, signed=signed)
-    low, high = COARSEST_CODES[signed]
-    total = step * torch.round(clipped / step).clamp(low, high)
-    parts = [total]
-    for divisor, bound in zip(STEP_DIVISORS, RESIDUAL_BOUNDS, strict=True):
-        step = hold_step(step / divisor)
-        parts.append(step * torch.round((clipped - total) / step).clamp(-bound, bound))
-        total = total + parts[-1]
+def _in_steps(x: Tensor, step: Tensor, signed: bool) -> Tensor:
+    """Clipped values in units of the coarsest step: at most 1.5 of them on each side of zero, or 3 on the one."""
+    return torch.clamp(x.to(step.dtype) / step, -1.5 if signed else 0.0, 1.5 if signed else 3.0)
+
+
+def _parts(rest: Tensor, signed: bool) -> list[Tensor]:
+    """The 2-bit part and the four residuals of clipped values, all in units of the coarsest step; each [n, k].
+
+    A level costs one product with a constant where the reference divides by its step, and no clamp: what rounding
+    leaves over is at most 1/2, so that the next quotient is at most half an odd divisor, a tie which goes to the even
+    number below it, and that is the bound (2, 8, 128, 32768). Only the tie at 1.5 has its even number outside.
+    """
+    code = torch.round(rest)
+    if signed:
+        code = code.clamp(*COARSEST_CODES[signed])
+    parts, unit = [code], 1.0
+    for bits, divisor in zip(GATED_WIDTHS, STEP_DIVISORS, strict=True):
+        rest, unit = (rest - code) * divisor, unit / divisor
+        resolved = bits < UNROUNDED_WIDTH or rest.dtype == torch.float64
+        code = torch.round(rest) if resolved else rest
+        parts.append(code * unit)
     return parts
 
 
@@ -52,45 +66,43 @@ def _gated_sum(parts: list[Tensor], links: Tensor) -> Tensor:
     return total
 
 
-def _clip(x: Tensor, beta: Tensor, signed: bool) -> Tensor:
-    return torch.clamp(x.to(beta.dtype), -beta if signed else torch.zeros_like(beta), beta)
-
-
-def quantize_forward(x: Tensor, beta: Tensor, links: Tensor, signed: bool) -> Tensor:
+def quantize_forward(x: Tensor, step: Tensor, links: Tensor, signed: bool) -> Tensor:
     """Values on the gated grid.
 
     Args:
         x: [n, k] values, any floating dtype.
-        beta: [n, 1] positive ranges in the computing dtype.
+        step: [n, 1] `coarsest_step` of the ranges, in the computing dtype.
         links: [4] cumulative gate products in the computing dtype.
         signed: whether the grid covers both sides of zero.
 
     Returns:
         [n, k] of the dtype of `x`.
     """
-    return _gated_sum(_residuals(_clip(x, beta, signed), beta, signed), links).to(x.dtype)
+    return (step * _gated_sum(_parts(_in_steps(x, step, signed), signed), links)).to(x.dtype)
 
 
 def quantize_backward(
-    x: Tensor, beta: Tensor, links: Tensor, grad: Tensor, signed: bool
+    x: Tensor, beta: Tensor, step: Tensor, links: Tensor, grad: Tensor, signed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `quantize_forward`, in closed form.
 
     Args:
-        x, beta, links, signed: as in the forward.
+        x, step, links, signed: as in the forward.
+        beta: [n, 1] positive ranges in the computing dtype.
         grad: [n, k] gradient of the loss by the output.
 
     Returns:
-        The gradients of x [n, k], of beta [n, 1] and of the links [4]:
+        The gradients of x [n, k], of beta [n, 1] and of the links, from each row [n, 4]:
         g m, sum of g (x_q - x m) / beta, and sums of g e_b, with m = 1 inside the closed range and 0 outside.
     """
     values, g = x.to(beta.dtype), grad.to(beta.dtype)
     inside = (values >= (-beta if signed else 0.0)) & (values <= beta)
-    parts = _residuals(_clip(x, beta, signed), beta, signed)
-    homogeneity = _gated_sum(parts, links) - torch.where(inside, values, 0.0)
-    grad_x = torch.where(inside, g, 0.0).to(x.dtype)
-    grad_beta = (g * (homogeneity / hold_step(beta))).sum(dim=1, keepdim=True)
-    return grad_x, grad_beta, torch.stack([(g * part).sum() for part in parts[1:]])
+    clipped = _in_steps(x, step, signed)
+    parts = _parts(clipped, signed)
+    homogeneity = _gated_sum(parts, links) - torch.where(inside, clipped, 0.0)
+    grad_beta = (g * homogeneity).sum(dim=1, keepdim=True) * (step / hold_step(beta))
+    grad_links = [(g * part).sum(dim=1, keepdim=True) * step for part in parts[1:]]
+    return torch.where(inside, g, 0.0).to(x.dtype), grad_beta, torch.cat(grad_links, dim=1)
 
 
 class Fused:
@@ -124,7 +136,7 @@ _forward = Fused(quantize_forward)
 _backward = Fused(quantize_backward)
 
 
-class _Rows:
+class RangeRows:
     """How a tensor falls into rows of elements that share one range.
 
     Compiled code sees two-dimensional tensors without history, whatever the caller's shapes, and so needs few graphs.
@@ -155,20 +167,23 @@ class _Quantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, beta: Tensor, links: Tensor, signed: bool) -> Tensor:
         ctx.save_for_backward(x, beta, links)
         ctx.signed = signed
-        rows = _Rows(x, beta)
+        rows = RangeRows(x, beta)
         # Not a view, which PyTorch would not let a following layer change in place.
-        result: Tensor = _forward(rows.of(x), rows.of_range(beta), links.detach(), signed)
+        step = coarsest_step(rows.of_range(beta), signed=signed)
+        result: Tensor = _forward(rows.of(x), step, links.detach(), signed)
         shaped: Tensor = torch.ops.aten._unsafe_view(result, x.shape)
         return shaped
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, beta, links = ctx.saved_tensors
-        rows = _Rows(x, beta)
+        rows = RangeRows(x, beta)
+        ranges = rows.of_range(beta)
+        step = coarsest_step(ranges, signed=ctx.signed)
         grad_x, grad_rows, grad_links = _backward(
-            rows.of(x), rows.of_range(beta), links.detach(), rows.of(grads[0]), ctx.signed
+            rows.of(x), ranges, step, links.detach(), rows.of(grads[0]), ctx.signed
         )
-        return grad_x.reshape(x.shape), rows.range_gradient(grad_rows, beta), grad_links, None
+        return grad_x.reshape(x.shape), rows.range_gradient(grad_rows, beta), grad_links.sum(dim=0), None
 
 
 def quantize(x: Tensor, range_: Tensor, gates: Tensor, *, signed: bool = True) -> Tensor:

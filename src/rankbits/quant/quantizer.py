@@ -13,8 +13,10 @@ from rankbits.errors import RankbitsWarning
 from rankbits.quant import kernels
 from rankbits.quant.codes import round_to_grid
 from rankbits.quant.float32_state import Float32State
-from rankbits.quant.grid import Signedness, bits_of_gates
+from rankbits.quant.grid import BIT_WIDTHS, PER_TENSOR, Granularity, RangeLayout, Signedness, bits_of_gates
 
+FIT_FACTORS = tuple(1.5 - 0.05 * step for step in range(24))
+"""Ranges that `fit` tries, in units of the largest magnitude: from 1.5, where 2 bits reach it, down to 0.35."""
 RANGE_FLOOR = 1e-8
 """A tensor that never exceeded this has no range yet and stays in calibration."""
 
@@ -46,6 +48,8 @@ class Quantizer(Float32State):
         calibration_passes: number of training passes to record, >= 0. Recomputed passes do not count.
         signedness: side of zero that the range covers; `AUTO` becomes unsigned iff no negative value was recorded.
         headroom: the calibrated range is this factor times the recorded maximum.
+        layout: which elements share a range; activations have one for the tensor.
+        shape: shape of the weight, where ranges are finer than the tensor.
     """
 
     log_range: nn.Parameter
@@ -53,19 +57,30 @@ class Quantizer(Float32State):
     passes: Tensor
     calibrated: Tensor
     seen_negative: Tensor
+    fitted: Tensor
 
     def __init__(
-        self, *, calibration_passes: int, signedness: Signedness = Signedness.SIGNED, headroom: float = 1.0
+        self,
+        *,
+        calibration_passes: int,
+        signedness: Signedness = Signedness.SIGNED,
+        headroom: float = 1.0,
+        layout: RangeLayout = PER_TENSOR,
+        shape: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.calibration_passes = calibration_passes
         self.signedness = signedness
         self.headroom = headroom
-        self.log_range = nn.Parameter(torch.zeros(1, dtype=torch.float32))
-        self.register_buffer("maximum", torch.zeros((), dtype=torch.float32))
+        self.layout = layout
+        self.shape = shape
+        ranges = layout.range_shape(shape)
+        self.log_range = nn.Parameter(torch.zeros(ranges, dtype=torch.float32))
+        self.register_buffer("maximum", torch.zeros(ranges, dtype=torch.float32))
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
         self.register_buffer("seen_negative", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
         self._known: tuple[bool, bool] | None = None
         self._warned = False
 
@@ -90,7 +105,7 @@ class Quantizer(Float32State):
     @property
     def has_seen_values(self) -> bool:
         """Whether there is a range, or a recorded maximum to make one of."""
-        return self.is_calibrated or (not self.maximum.is_meta and float(self.maximum) > RANGE_FLOOR)
+        return self.is_calibrated or (not self.maximum.is_meta and float(self.maximum.amax()) > RANGE_FLOOR)
 
     @property
     def is_signed(self) -> bool:
@@ -99,8 +114,17 @@ class Quantizer(Float32State):
 
     @property
     def range_(self) -> Tensor:
-        """The positive range, a float32 scalar in the units of the tensor, differentiable in `log_range`."""
-        return self.log_range.exp().squeeze(0)
+        """The positive ranges in the units of the tensor, float32, differentiable in `log_range`.
+
+        A scalar, or of the layout's `range_shape`: it broadcasts over `layout.parts` of the tensor.
+        """
+        ranges = self.log_range.exp()
+        return ranges.squeeze(0) if self.layout.granularity is Granularity.TENSOR else ranges
+
+    @property
+    def range_count(self) -> int:
+        """How many ranges there are: what is stored beside the codes."""
+        return self.log_range.numel()
 
     @torch.no_grad()
     def record(self, x: Tensor) -> None:
@@ -108,10 +132,10 @@ class Quantizer(Float32State):
         self.passes += 1
         if x.numel() == 0:
             return
-        magnitudes = x.detach().abs().to(torch.float32)
-        largest = magnitudes.amax()
-        if not bool(torch.isfinite(largest)):
-            largest = torch.where(torch.isfinite(magnitudes), magnitudes, 0.0).amax()
+        values = x.detach().to(torch.float32)
+        largest = self.layout.magnitudes(values)
+        if not bool(torch.isfinite(largest).all()):
+            largest = self.layout.magnitudes(torch.where(torch.isfinite(values), values, 0.0))
             warnings.warn("a quantizer saw NaN or infinite values while calibrating", RankbitsWarning, stacklevel=2)
         # The weight that is recorded at construction may be on a device that this module has yet to be moved to.
         torch.maximum(self.maximum, largest.to(self.maximum.device), out=self.maximum)
@@ -125,13 +149,14 @@ class Quantizer(Float32State):
         if self.is_calibrated:
             return True
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            seen = torch.stack([self.maximum, self.seen_negative.to(torch.float32)])
+            seen = torch.cat([self.maximum.flatten(), self.seen_negative.to(torch.float32).reshape(1)])
             torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
-            self.maximum.copy_(seen[0])
-            self.seen_negative.copy_(seen[1] > 0)
-        if float(self.maximum) <= RANGE_FLOOR:
+            self.maximum.copy_(seen[:-1].reshape(self.maximum.shape))
+            self.seen_negative.copy_(seen[-1] > 0)
+        if float(self.maximum.amax()) <= RANGE_FLOOR:
             return False
-        self.log_range.copy_(self.maximum.log() + math.log(self.headroom))
+        # A part of nothing but zeros has the least range there is until its weights grow.
+        self.log_range.copy_(self.maximum.clamp(min=RANGE_FLOOR).log() + math.log(self.headroom))
         self.calibrated.fill_(True)
         self._known = None
         return True
@@ -144,10 +169,39 @@ class Quantizer(Float32State):
 
     @torch.no_grad()
     def cover(self, x: Tensor) -> None:
-        """Widen the range to the largest magnitude of `x`: a clipped weight gets no gradient to come back."""
+        """Widen the ranges to the largest magnitudes of `x`: a clipped weight gets no gradient to come back."""
         if self.is_calibrated:
-            largest = x.detach().abs().amax().to(torch.float32).clamp(min=RANGE_FLOOR)
+            largest = self.layout.magnitudes(x.detach().to(torch.float32)).clamp(min=RANGE_FLOOR)
             torch.maximum(self.log_range, largest.log(), out=self.log_range)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, bits: int) -> None:
+        """Choose the ranges of a weight for one width, once: a second call changes nothing.
+
+        The largest value of a grid lies below its range, so from 4 bits on each range becomes what reaches the largest
+        magnitude. At 2 bits, a sign or nothing, it becomes what rounds with the least squared error, out of
+        `FIT_FACTORS` times the largest magnitude.
+
+        Args:
+            x: the weight.
+            bits: 2, 4, 8, 16 or 32.
+        """
+        if not self.is_calibrated or bool(self.fitted):
+            return
+        values = x.detach().to(torch.float32)
+        self.log_range.copy_(self.layout.magnitudes(values).clamp(min=RANGE_FLOOR).log())
+        self.fitted.fill_(True)
+        if bits > BIT_WIDTHS[0]:
+            self.log_range.add_(-math.log1p(-1.0 / (2.0**bits - 1.0)))
+            return
+        parts, widest = self.layout.parts(values), self.range_
+        best, least = widest, torch.full_like(widest, math.inf)
+        for factor in FIT_FACTORS:
+            candidate = widest * factor
+            error = (round_to_grid(parts, candidate, bits, signed=self.is_signed) - parts).square()
+            total = error.sum() if candidate.dim() == 0 else error.sum(dim=-1, keepdim=True)
+            best, least = torch.where(total < least, candidate, best), torch.minimum(total, least)
+        self.log_range.copy_(best.log().reshape(self.log_range.shape))
 
     def _passes_through(self, x: Tensor) -> bool:
         """Whether this pass is the identity; records it if it is a calibration pass."""
@@ -186,17 +240,20 @@ class Quantizer(Float32State):
             return result
         if hard:
             return self.rounded(x, gates)
-        return kernels.quantize(x, self.range_, gates, signed=self.is_signed)
+        parts = kernels.quantize(self.layout.parts(x), self.range_, gates, signed=self.is_signed)
+        return parts.reshape(x.shape)
 
     def rounded(self, x: Tensor, gates: Tensor) -> Tensor:
         """`x` at the width of hard, chained gates [4]; `x` itself while there is no range. Records nothing."""
         if not self.is_calibrated:
             return x
-        return round_to_grid(x, self.range_, bits_of_gates(gates), signed=self.is_signed)
+        parts = round_to_grid(self.layout.parts(x), self.range_, bits_of_gates(gates), signed=self.is_signed)
+        return parts.reshape(x.shape)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return f"calibration_passes={self.calibration_passes}, {self.signedness.value}"
+        granularity = self.layout.granularity.value
+        return f"calibration_passes={self.calibration_passes}, {self.signedness.value}, one range per {granularity}"
 
 
 class FixedQuantizer(Float32State):
@@ -205,19 +262,32 @@ class FixedQuantizer(Float32State):
     Args:
         bits: 2, 4, 8, 16 or 32.
         signed: whether the grid covers both sides of zero.
+        layout: which elements share a range.
+        shape: shape of the weight, where ranges are finer than the tensor.
     """
 
     fixed_range: Tensor
+    is_calibrated = True
 
-    def __init__(self, bits: int, *, signed: bool = True) -> None:
+    def __init__(
+        self, bits: int, *, signed: bool = True, layout: RangeLayout = PER_TENSOR, shape: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         self.bits = bits
         self.is_signed = signed
-        self.register_buffer("fixed_range", torch.ones((), dtype=torch.float32))
+        self.layout = layout
+        ranges = () if layout.granularity is Granularity.TENSOR else layout.range_shape(shape)
+        self.register_buffer("fixed_range", torch.ones(ranges, dtype=torch.float32))
+
+    @property
+    def range_count(self) -> int:
+        """How many ranges there are: what is stored beside the codes."""
+        return self.fixed_range.numel()
 
     def forward(self, x: Tensor) -> Tensor:
         """Round `x` to the grid; the result has its shape and dtype."""
-        return round_to_grid(x, self.fixed_range, self.bits, signed=self.is_signed)
+        parts = round_to_grid(self.layout.parts(x), self.fixed_range, self.bits, signed=self.is_signed)
+        return parts.reshape(x.shape)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankbits.embedded import MINILM, EmbeddedFile
+from rankbits.embedded import MINILM, SMOLLM2, EmbeddedFile
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,19 @@ class Method:
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A pre-trained model that comes out of a pinned package instead of a hub."""
+    """A pre-trained model that comes out of a pinned package instead of a hub.
+
+    Args:
+        name: what recipes call it.
+        description: one line for listings.
+        file: its weights.
+        shape: the published shape with its sizes, where no config lies beside the weights.
+    """
 
     name: str
     description: str
     file: EmbeddedFile
+    shape: str | None = None
 
 
 METHODS: tuple[Method, ...] = (
@@ -46,6 +54,15 @@ EMBEDDED_MODELS: tuple[EmbeddedModel, ...] = (
         name="minilm",
         description="all-MiniLM-L6-v2, an encoder (BERT, 6 layers, width 384, 22.7M parameters), Apache-2.0",
         file=MINILM,
+    ),
+    EmbeddedModel(
+        name="smollm2",
+        description=(
+            "SmolLM2-135M-Instruct, a decoder (Llama, 30 layers, width 576, 134.5M parameters; read out of a file that "
+            "holds its weights in 4 bits, for which rankbits[gguf] is needed), Apache-2.0"
+        ),
+        file=SMOLLM2,
+        shape="smollm2-135m",
     ),
 )
 

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import TrainerCallback
 
-from rankbits.records import ModuleRecord, ParameterRecord
+from rankbits.records import BudgetRecord, ModuleRecord, ParameterRecord
+from rankbits.training.callback import RankbitsCallback
 from rankbits.tuners.bayesian_lora import LayerSummary
 
 PACKAGES = ("rankbits", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
@@ -92,8 +95,13 @@ def _part(name: str) -> str:
 
 
 def learned(model: nn.Module, summaries: list[LayerSummary]) -> list[ModuleRecord]:
-    """One entry per adapted matrix: from the gates as they were before hardening, or LoRA's fixed rank."""
-    facts = [asdict(summary) for summary in summaries] or [
+    """One entry per adapted matrix: from the gates as they were before hardening, or LoRA's fixed rank.
+
+    Args:
+        model: the model, for methods without gates.
+        summaries: what `summarize` said before hardening; empty for methods without gates.
+    """
+    facts = [_learned(summary) for summary in summaries] or [
         {"name": name, "rank": rank, "max_rank": rank}
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer)
@@ -102,11 +110,39 @@ def learned(model: nn.Module, summaries: list[LayerSummary]) -> list[ModuleRecor
     return [ModuleRecord.model_validate({**fact, **_place(str(fact["name"]))}) for fact in facts]
 
 
+def _learned(summary: LayerSummary) -> dict[str, object]:
+    """A summary in the words of a record, in which sequences are lists and modules have their short names."""
+    return asdict(summary) | {
+        "bit_open_probabilities": {site: list(single) for site, single in summary.bit_open_probabilities.items()},
+        "rank_open_probabilities": list(summary.rank_open_probabilities),
+        "shared": {site: _short(owner) for site, owner in summary.shared.items()},
+    }
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
 def _place(name: str) -> dict[str, str | int | None]:
     """Name, block index and matrix kind of a module of a PEFT model."""
-    short = name.removeprefix("base_model.model.")
+    short = _short(name)
     index = re.search(r"\.(\d+)\.", short)
     # "output.dense" says more than "dense": BERT has three of them in a block.
     tail = short[index.end() :] if index else short
     kind = tail.rsplit(".", 1)[-1]
     return {"name": short, "layer": int(index.group(1)) if index else None, "kind": tail if kind == "dense" else kind}
+
+
+def budgets(callbacks: Iterable[TrainerCallback]) -> list[BudgetRecord]:
+    """What a run was allowed to cost, and what its gates cost as they are now; before hardening removes them."""
+    schedules = [c.schedule for c in callbacks if isinstance(c, RankbitsCallback) and c.schedule is not None]
+    return [
+        BudgetRecord(
+            quantity=state.budget.quantity.value,
+            limit=state.budget.limit,
+            reference_bits=state.budget.reference_bits,
+            reached=state.cost,
+        )
+        for schedule in schedules
+        for state in schedule.budgets()
+    ]

@@ -17,7 +17,6 @@ from rankbits.tuners.bayesian_lora import BayesianLoraConfig
 
 def _bayesian_lora(adapter: AdapterSection) -> PeftConfig:
     return BayesianLoraConfig(
-        task_type=TaskType.SEQ_CLS,
         r=adapter.r,
         alpha=adapter.alpha,
         dropout=adapter.dropout,
@@ -28,6 +27,13 @@ def _bayesian_lora(adapter: AdapterSection) -> PeftConfig:
         learn_rank=adapter.learn_rank,
         rank_gate=adapter.rank_gate,
         quantizers=adapter.quantizers,
+        placement=adapter.placement,
+        granularity=adapter.granularity,
+        group_size=adapter.group_size,
+        share_inputs=adapter.share_inputs,
+        tie_groups=adapter.tie_groups,
+        weight_gradient_rows=adapter.weight_gradient_rows,
+        sampled_share=adapter.sampled_share,
         calibration_passes=adapter.calibration_passes,
         initial_bit_logit=adapter.initial_bit_logit,
         initial_rank_logit=adapter.initial_rank_logit,
@@ -36,7 +42,6 @@ def _bayesian_lora(adapter: AdapterSection) -> PeftConfig:
 
 def _lora(adapter: AdapterSection) -> PeftConfig:
     return LoraConfig(
-        task_type=TaskType.SEQ_CLS,
         r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
         lora_dropout=adapter.dropout,
@@ -48,8 +53,13 @@ def _lora(adapter: AdapterSection) -> PeftConfig:
 CONFIGS: dict[str, Callable[[AdapterSection], PeftConfig]] = {"bayesian-lora": _bayesian_lora, "lora": _lora}
 
 
-def attach(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
+def attach(recipe: Recipe, model: PreTrainedModel, task_type: TaskType = TaskType.SEQ_CLS) -> PeftModel:
     """Put the recipe's adapters into a model.
+
+    Args:
+        recipe: its method and its adapter section are read.
+        model: what is adapted, in place.
+        task_type: how PEFT wraps the model: by the head it has.
 
     Raises:
         ModelError: the targets match nothing, match layers that cannot be adapted, or the configuration does not fit
@@ -57,7 +67,9 @@ def attach(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
     """
     check_targets(model, recipe.adapter)
     try:
-        return get_peft_model(model, CONFIGS[recipe.method](recipe.adapter))
+        config = CONFIGS[recipe.method](recipe.adapter)
+        config.task_type = task_type
+        return get_peft_model(model, config)
     except (ValueError, TypeError) as reason:
         raise ModelError(f"adapter: {recipe.method} cannot be attached to {recipe.model!r}: {reason}") from reason
 

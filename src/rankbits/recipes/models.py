@@ -8,12 +8,19 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from rankbits.embedded import locate
 from rankbits.errors import ModelError
 from rankbits.recipes.catalogue import EMBEDDED_MODELS
+from rankbits.recipes.converted import converted_folder
 from rankbits.tasks import Task
 
 EMBEDDED = {model.name: model.file for model in EMBEDDED_MODELS}
@@ -24,11 +31,12 @@ def resolve(model: str) -> str:
     """The folder or hub id behind a recipe's model name.
 
     Raises:
-        AssetError: an embedded model is not installed, or is not the file it should be.
+        AssetError: an embedded model is not installed, is not the file it should be, or cannot be converted.
         ModelError: a local folder has no configuration or no weights.
     """
     if model in EMBEDDED:
-        return str(locate(EMBEDDED[model]).parent)
+        file = EMBEDDED[model]
+        return str(converted_folder(file) if file.path.endswith(".gguf") else locate(file).parent)
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return model
@@ -47,6 +55,34 @@ def load_tokenizer(model: str) -> Any:
     return _loaded(AutoTokenizer.from_pretrained, model, "tokenizer")
 
 
+def load_model(model: str, task: Task) -> PreTrainedModel:
+    """The model with the head that a task needs, in float32.
+
+    Raises:
+        AssetError, ModelError: the model cannot be found or loaded, or has no head for the task.
+    """
+    return load_language_model(model) if task.kind == "completion" else load_classifier(model, task)
+
+
+def load_language_model(model: str) -> PreTrainedModel:
+    """The model with the head it was pre-trained with, which predicts the next token, in float32.
+
+    Raises:
+        AssetError, ModelError: the model cannot be found or loaded, or has no such head.
+    """
+    loaded, found = _load_weights(AutoModelForCausalLM.from_pretrained, model)
+    _refuse_missing(loaded, model, found["missing_keys"])
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model: {model!r} has no trained head of a language model: {missing[0]!r} is missing from its weights; "
+            "expected a decoder, such as smollm2, for a task whose answers are completed"
+        )
+    # Keys and values of past tokens are of use in generation alone, and checkpointing refuses them.
+    loaded.config.use_cache = False
+    return loaded
+
+
 def load_classifier(model: str, task: Task) -> PreTrainedModel:
     """The model with a fresh head for the task, in float32.
 
@@ -63,22 +99,21 @@ def load_classifier(model: str, task: Task) -> PreTrainedModel:
     if task.label_names:
         config.id2label = dict(enumerate(task.label_names))
         config.label2id = {name: number for number, name in config.id2label.items()}
-    # The head is fresh on purpose: transformers' table of missing head weights would alarm for nothing.
+    loaded, found = _load_weights(AutoModelForSequenceClassification.from_pretrained, model, config=config)
+    _refuse_missing(loaded, model, found["missing_keys"])
+    return loaded
+
+
+def _load_weights(load: Any, model: str, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model in float32 and what transformers found in its files."""
+    # A classifier's head is fresh on purpose: transformers' table of missing head weights would alarm for nothing.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        loaded, found = _loaded(
-            AutoModelForSequenceClassification.from_pretrained,
-            model,
-            "weights",
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        loaded, found = _loaded(load, model, "weights", dtype=torch.float32, output_loading_info=True, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
-    _refuse_missing(loaded, model, found["missing_keys"])
-    return cast(PreTrainedModel, loaded)
+    return cast(PreTrainedModel, loaded), found
 
 
 def _refuse_missing(loaded: PreTrainedModel, model: str, missing: Iterable[str]) -> None:

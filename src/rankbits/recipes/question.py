@@ -18,13 +18,13 @@ from rankbits.accounting.budget import Budget, parse_budget
 from rankbits.accounting.methods import BOTTLENECKS, ON_LINEARS
 from rankbits.accounting.params import targeted
 from rankbits.accounting.settings import Base, TrainingSettings
-from rankbits.accounting.spec import Method, MethodSpec, ModelShape
+from rankbits.accounting.spec import Granularity, Method, MethodSpec, ModelShape, Placement
 from rankbits.accounting.widths import FLOAT, FOUR_BIT_BASES
 from rankbits.embedded import locate
 from rankbits.errors import RecipeError
 from rankbits.recipes.catalogue import EMBEDDED_MODELS
 from rankbits.recipes.problems import Problem, describe, problems_of
-from rankbits.recipes.schema import QUANTIZER_SITES, STRICT, Count, QuantizerSite, Recipe, Text
+from rankbits.recipes.schema import QUANTIZER_SITES, STRICT, AdapterSection, Count, QuantizerSite, Recipe, Text
 from rankbits.records import CountOptions
 
 CLASSIFIERS = ("classifier", "score")
@@ -36,12 +36,15 @@ def _in_order(methods: Collection[Method]) -> list[str]:
     return [method.value for method in Method if method in methods]
 
 
+GRIDS = ("placement", "granularity", "group_size", "share_inputs", "tie_groups")
+"""Keys about where the grids of Bayesian-LoRA lie and what shares them."""
 USED_BY = {
     "r": _in_order(ON_LINEARS),
     "targets": _in_order(ON_LINEARS),
     "quantizers": [Method.BAYESIAN_LORA.value],
     "learn_rank": [Method.BAYESIAN_LORA.value],
     "bits": [Method.BAYESIAN_LORA.value],
+    **{key: [Method.BAYESIAN_LORA.value] for key in GRIDS},
     "width": _in_order(BOTTLENECKS),
     "virtual_tokens": [Method.PREFIX.value, Method.PROMPT.value],
     "layers": [Method.TOP_LAYER.value],
@@ -75,6 +78,13 @@ class Keys(BaseModel):
     bits: Literal[2, 4, 8, 16, 32] = Field(
         default=32, description="2, 4, 8, 16 or 32: the width that every quantizer is assumed to have learned"
     )
+    placement: Literal["separate", "merged"] = Field(default="separate", description="separate or merged")
+    granularity: Literal["tensor", "channel", "group"] = Field(
+        default="tensor", description="tensor, channel or group: which numbers of a weight share a range"
+    )
+    group_size: Count = Field(default=64, description="a whole number of at least 1: inputs of a row in a group")
+    share_inputs: bool = Field(default=True, description="true or false")
+    tie_groups: Literal["fused"] | None = Field(default=None, description="fused or null")
     width: Count | None = Field(default=None, description="a whole number of at least 1: width of a bottleneck")
     virtual_tokens: Count = Field(default=20, description="a whole number of at least 1: length of a prefix or prompt")
     layers: Annotated[int, Field(ge=0)] = Field(
@@ -126,7 +136,7 @@ class Question:
         spec: the method.
         settings: of training.
         options: lengths and batch that bit operations are counted at: one batch as inference sees it.
-        budget: what is allowed, if anything was said.
+        budget: what is allowed, if anything was said; of several the first.
     """
 
     title: str
@@ -137,6 +147,14 @@ class Question:
     budget: Budget | None = None
 
 
+def budgets_of(recipe: Recipe) -> list[Budget]:
+    """The budgets of a recipe, at its task's longest rows."""
+    gates = recipe.gates
+    texts = [gates.budget] if isinstance(gates.budget, str) else gates.budget or []
+    length = recipe.task.max_length
+    return [parse_budget(text, gates.reference_bits, sequence_length=length, scope=gates.scope) for text in texts]
+
+
 def from_recipe(recipe: Recipe, budget: str | None = None) -> Question:
     """The question that a recipe asks: its task's longest rows, its batch, its method.
 
@@ -144,9 +162,10 @@ def from_recipe(recipe: Recipe, budget: str | None = None) -> Question:
         ModelError, AssetError: there is no config of its model on this machine, or it is not understood.
         RecipeError: the budget is not one, or the model's files are quantized already.
     """
-    outputs = tasks.get(recipe.task.name).num_labels
+    task = tasks.get(recipe.task.name)
+    head = Head.LANGUAGE_MODEL if task.kind == "completion" else Head.CLASSIFICATION
     config = config_of(recipe.model)
-    shape = read_shape(config, name=recipe.model, head=Head.CLASSIFICATION, num_labels=outputs)
+    shape = read_shape(config, name=recipe.model, head=head, num_labels=max(task.num_labels, 1))
     if "quantization_config" in config:
         raise _quantized_already(f"recipe {recipe.name}: {recipe.model}", "estimate the model by its own name, with")
     adapter = recipe.adapter
@@ -155,9 +174,10 @@ def from_recipe(recipe: Recipe, budget: str | None = None) -> Question:
         method,
         rank=adapter.r,
         targets=_targets(adapter.targets),
-        sites=_sites(method, adapter.quantizers) if adapter.learn_bits else (),
+        sites=_sites(method, adapter) if adapter.learn_bits else (),
         learn_rank=adapter.learn_rank,
-        trained_in_full=_in_full(shape, adapter.modules_to_save or (), Head.CLASSIFICATION),
+        **_grids(adapter),
+        trained_in_full=_in_full(shape, adapter.modules_to_save or (), head),
     )
     settings = TrainingSettings(
         batch=recipe.training.batch_size,
@@ -165,9 +185,18 @@ def from_recipe(recipe: Recipe, budget: str | None = None) -> Question:
         precision=recipe.training.precision,
         checkpointing=recipe.training.gradient_checkpointing,
     )
-    options = CountOptions(query_len=recipe.task.max_length, key_len=recipe.task.max_length)
+    options = CountOptions(
+        query_len=recipe.task.max_length,
+        key_len=recipe.task.max_length,
+        head="all" if head is Head.LANGUAGE_MODEL else "out",
+    )
     title = f"recipe {recipe.name}: {recipe.model}, {recipe.method}"
-    return Question(title, shape, spec, settings, options, None if budget is None else parse_budget(budget))
+    budgets = budgets_of(recipe)
+    if budget is not None:
+        gates = recipe.gates
+        length = recipe.task.max_length
+        budgets = [parse_budget(budget, gates.reference_bits, sequence_length=length, scope=gates.scope)]
+    return Question(title, shape, spec, settings, options, budgets[0] if budgets else None)
 
 
 def from_keys(model: str, overrides: Sequence[str], budget: str | None = None) -> Question:
@@ -191,8 +220,9 @@ def from_keys(model: str, overrides: Sequence[str], budget: str | None = None) -
         method,
         rank=keys.r,
         targets=_targets(keys.targets),
-        sites=_sites(method, keys.quantizers),
+        sites=_sites(method, keys),
         learn_rank=keys.learn_rank,
+        **_grids(keys),
         width=keys.width,
         virtual_tokens=keys.virtual_tokens,
         trained_in_full=_in_full(shape, keys.modules_to_save, head),
@@ -254,10 +284,13 @@ def config_of(model: str) -> dict[str, Any]:
     Raises:
         ModelError, AssetError: there is none.
     """
-    embedded = {known.name: known.file for known in EMBEDDED_MODELS}
+    embedded = {known.name: known for known in EMBEDDED_MODELS}
     if model not in embedded:
         return find_config(model)
-    parsed: dict[str, Any] = json.loads((locate(embedded[model]).parent / "config.json").read_text(encoding="utf-8"))
+    known = embedded[model]
+    if known.shape is not None:
+        return find_config(known.shape)
+    parsed: dict[str, Any] = json.loads((locate(known.file).parent / "config.json").read_text(encoding="utf-8"))
     return parsed
 
 
@@ -289,11 +322,23 @@ def _targets(targets: list[str] | str | None) -> tuple[str, ...] | str | None:
     return tuple(targets) if isinstance(targets, list) else targets
 
 
-def _sites(method: Method, quantizers: Sequence[str] | None) -> tuple[str, ...]:
+def _sites(method: Method, settings: Keys | AdapterSection) -> tuple[str, ...]:
     if method is not Method.BAYESIAN_LORA:
         return ()
-    wanted = [site for site in QUANTIZER_SITES if site != "input"] if quantizers is None else quantizers
+    usual = ("weight", "input") if settings.placement == "merged" else QUANTIZER_SITES[:-1]
+    wanted = usual if settings.quantizers is None else settings.quantizers
     return tuple(site for site in QUANTIZER_SITES if site in wanted)
+
+
+def _grids(settings: Keys | AdapterSection) -> dict[str, Any]:
+    """Where the grids of Bayesian-LoRA lie and what shares them, as fields of a method."""
+    return {
+        "placement": Placement(settings.placement),
+        "granularity": Granularity(settings.granularity),
+        "group_size": settings.group_size,
+        "share_inputs": settings.share_inputs,
+        "tie_groups": settings.tie_groups is not None,
+    }
 
 
 def _in_full(shape: ModelShape, wanted: Sequence[str], head: Head) -> tuple[str, ...]:

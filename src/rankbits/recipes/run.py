@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, TaskType
 from safetensors import SafetensorError
 from transformers import (
-    DataCollatorWithPadding,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -27,12 +26,14 @@ from transformers import (
 from rankbits import tasks
 from rankbits.accounting.measure import cost
 from rankbits.accounting.measure.inputs import largest_length
-from rankbits.errors import ModelError, RecipeError, RunFolderError
-from rankbits.recipes import facts, methods, models
+from rankbits.errors import ModelError, RecipeError, RunFolderError, ScheduleError
+from rankbits.recipes import encoding, facts, methods, models
+from rankbits.recipes.question import budgets_of
 from rankbits.recipes.run_folder import ADAPTER_FOLDER, RECIPE_FILE, RECORD_FILE, RunFolder, read_recipe, work_of
 from rankbits.recipes.schema import Recipe
 from rankbits.records import CostRecord, DataRecord, RunRecord, ScoreRecord, TrainingRecord, recipe_hash
 from rankbits.tasks import Task, TaskData
+from rankbits.tasks.likelihood import answer_nats
 from rankbits.training.callback import FiniteLossCallback, RankbitsCallback
 from rankbits.training.groups import GateRates, optimizer_and_scheduler
 from rankbits.training.schedule import GateSchedule
@@ -82,9 +83,9 @@ def run(
     announce(f"model: {recipe.model}")
     set_seed(recipe.training.seed)
     tokenizer = models.load_tokenizer(recipe.model)
-    base = models.load_classifier(recipe.model, task)
+    base = models.load_model(recipe.model, task)
     _check_length(recipe, base)
-    model = methods.attach(recipe, base)
+    model = methods.attach(recipe, base, TaskType.CAUSAL_LM if task.kind == "completion" else TaskType.SEQ_CLS)
     trainer = _trainer(recipe, task, data, model, tokenizer, folder)
     folder.claim()
     for callback in callbacks:
@@ -93,7 +94,7 @@ def run(
     training = _train(trainer, folder, announce)
 
     summaries = summarize(model)
-    modules = facts.learned(model, summaries)
+    modules, budgets = facts.learned(model, summaries), facts.budgets(trainer.callback_handler.callbacks)
     if summaries:
         announce("harden: fixing ranks and bit widths")
         harden(model)
@@ -116,6 +117,7 @@ def run(
         parameters=parameters,
         modules=modules,
         history=_history(trainer),
+        budgets=budgets,
         costs=_account(model, recipe, announce),
     )
     record.write(folder.path / RECORD_FILE)
@@ -156,7 +158,7 @@ def _trainer(
     recipe: Recipe, task: Task, data: TaskData, model: PeftModel, tokenizer: Any, folder: RunFolder
 ) -> Trainer:
     arguments = _arguments(recipe, str(folder.checkpoints), recipe.training.report_to or "none")
-    train = _tokenized(data.train, task, tokenizer, recipe.task.max_length)
+    train = encoding.encode(data.train, task, tokenizer, recipe.task.max_length)
     trainer_arguments: dict[str, Any] = {}
     if next(learning_adapters(model), None) is not None:
         schedule = _schedule(recipe, model, _total_steps(arguments, len(train)))
@@ -167,8 +169,9 @@ def _trainer(
             model=model,
             args=arguments,
             train_dataset=train,
-            data_collator=DataCollatorWithPadding(tokenizer),
+            data_collator=encoding.collator(task, tokenizer),
             processing_class=tokenizer,
+            preprocess_logits_for_metrics=_reduction(task),
             **trainer_arguments,
         )
     except (ValueError, RuntimeError, ImportError) as reason:
@@ -190,11 +193,13 @@ def _arguments(recipe: Recipe, output_folder: str, report_to: list[str] | str) -
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     training = recipe.training
+    # A language model's outputs are as many times larger than a classifier's as it knows words.
+    completes = tasks.get(recipe.task.name).kind == "completion"
     return {
         "num_train_epochs": training.epochs or 1.0,
         "max_steps": training.max_steps or -1,
         "per_device_train_batch_size": training.batch_size,
-        "per_device_eval_batch_size": 4 * training.batch_size,
+        "per_device_eval_batch_size": training.batch_size * (1 if completes else 4),
         "gradient_accumulation_steps": training.accumulation,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": training.scheduler,
@@ -207,6 +212,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "save_total_limit": 2,
         "logging_steps": training.logging_steps,
         "bf16": training.precision == "bf16",
+        "train_sampling_strategy": "group_by_length" if training.group_by_length else "random",
         "activation_checkpointing": training.gradient_checkpointing,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "run_name": recipe.name,
@@ -225,16 +231,22 @@ def _total_steps(arguments: TrainingArguments, rows: int) -> int:
 
 
 def _schedule(recipe: Recipe, model: PeftModel, total_steps: int) -> GateSchedule:
+    """The gate schedule of a recipe. RecipeError if its budget or lambdas do not suit the model or the run."""
     gates = recipe.gates
-    return GateSchedule(
-        model,
-        total_steps,
-        lambda_q=gates.lambda_q,
-        lambda_r=gates.lambda_r,
-        phases=(gates.warmup, gates.ramp, gates.fixed),
-        weighting=gates.weighting,
-        reduction=gates.reduction,
-    )
+    try:
+        return GateSchedule(
+            model,
+            total_steps,
+            budget=budgets_of(recipe),
+            allocation=gates.allocation,
+            lambda_q=gates.lambda_q,
+            lambda_r=gates.lambda_r,
+            phases=(gates.warmup, gates.ramp, gates.fixed),
+            weighting=gates.weighting,
+            reduction=gates.reduction,
+        )
+    except ScheduleError as reason:
+        raise RecipeError(f"gates: {reason}") from reason
 
 
 def _optimizers(recipe: Recipe, schedule: GateSchedule) -> tuple[Any, Any]:
@@ -253,15 +265,9 @@ def _optimizers(recipe: Recipe, schedule: GateSchedule) -> tuple[Any, Any]:
     )
 
 
-def _tokenized(rows: Any, task: Task, tokenizer: Any, max_length: int) -> Any:
-    """Rows as token ids and labels; padding is left to the collator, batch by batch."""
-
-    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        texts = [batch[column] for column in task.text_columns]
-        encoded: dict[str, list[Any]] = dict(tokenizer(*texts, truncation=True, max_length=max_length))
-        return {**encoded, "labels": batch["label"]}
-
-    return rows.map(encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
+def _reduction(task: Task) -> Callable[[Any, Any], Any] | None:
+    """What is kept of a batch's outputs while scoring: a score a word for every token of every row has no room."""
+    return answer_nats if task.kind == "completion" else None
 
 
 def _train(trainer: Trainer, folder: RunFolder, announce: Callable[[str], object]) -> TrainingRecord:
@@ -295,7 +301,7 @@ def _continue(trainer: Trainer, checkpoint: Path | None) -> None:
 def _score(trainer: Trainer, task: Task, data: TaskData, recipe: Recipe) -> list[ScoreRecord]:
     scores = []
     for index, (split, rows) in enumerate(data.evaluation.items()):
-        encoded = _tokenized(rows, task, trainer.processing_class, recipe.task.max_length)
+        encoded = encoding.encode(rows, task, trainer.processing_class, recipe.task.max_length)
         # A batch is padded to its longest row: rows of like length together take half the time, in any order.
         lengths = [len(ids) for ids in encoded["input_ids"]]
         output: Any = trainer.predict(encoded.select(sorted(range(len(lengths)), key=lengths.__getitem__)))
@@ -348,6 +354,11 @@ def evaluate(run_folder: Path, *, task: str | None = None, data: str | None = No
             raise RunFolderError(f"{run_folder} holds no finished run: {name} is missing")
     recipe = read_recipe(run_folder / RECIPE_FILE)
     own, wanted = tasks.get(recipe.task.name), tasks.get(task or recipe.task.name)
+    if (own.kind == "completion") != (wanted.kind == "completion"):
+        raise RunFolderError(
+            f"{run_folder} was trained on {own.name!r}; task {wanted.name!r} needs the head of a "
+            f"{'language model' if wanted.kind == 'completion' else 'classifier'}"
+        )
     if own.num_labels != wanted.num_labels:
         raise RunFolderError(
             f"{run_folder} was trained on {own.name!r} with {own.num_labels} outputs; task {wanted.name!r} needs "
@@ -358,7 +369,7 @@ def evaluate(run_folder: Path, *, task: str | None = None, data: str | None = No
         section = section.model_copy(update={"data": data})
     recipe = recipe.model_copy(update={"task": section})
     rows = _load_data(recipe, wanted)
-    base = models.load_classifier(recipe.model, own)
+    base = models.load_model(recipe.model, own)
     try:
         model = PeftModel.from_pretrained(base, str(run_folder / ADAPTER_FOLDER))
     except (OSError, ValueError, RuntimeError, SafetensorError) as reason:
@@ -371,7 +382,8 @@ def evaluate(run_folder: Path, *, task: str | None = None, data: str | None = No
         trainer = Trainer(
             model=model,
             args=_arguments(recipe, folder, "none"),
-            data_collator=DataCollatorWithPadding(tokenizer),
+            data_collator=encoding.collator(wanted, tokenizer),
             processing_class=tokenizer,
+            preprocess_logits_for_metrics=_reduction(wanted),
         )
         return _score(trainer, wanted, rows, recipe)

@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from rankbits.accounting.budget import parse_budget
+from rankbits.errors import RecipeError
 from rankbits.recipes.catalogue import method_names
 from rankbits.recipes.nearest import nearest
 
@@ -42,6 +44,14 @@ def _known_site(value: str) -> str:
     return _known("quantizer site", value, QUANTIZER_SITES)
 
 
+def _budget(value: str) -> str:
+    try:
+        parse_budget(value)
+    except RecipeError as reason:
+        raise ValueError(str(reason).partition("expected ")[2] or str(reason)) from None
+    return value
+
+
 def _plain_name(value: str) -> str:
     if PurePosixPath(value).is_absolute() or ".." in PurePosixPath(value).parts:
         raise ValueError("a name that stays below the folder of runs: no leading '/' and no '..'")
@@ -51,7 +61,9 @@ def _plain_name(value: str) -> str:
 Text = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+BudgetText = Annotated[str, AfterValidator(_budget)]
 QuantizerSite = Annotated[str, AfterValidator(_known_site)]
 
 
@@ -89,10 +101,26 @@ class AdapterSection(BaseModel):
     rank_gate: Literal["ste", "hard_concrete"] = Field(default="ste", description="ste or hard_concrete")
     init_weights: Literal["lora", "adalora"] = Field(default="lora", description="lora or adalora")
     quantizers: list[QuantizerSite] | None = Field(
-        default=None, description="a list of quantizer sites, or null for all but the input"
+        default=None,
+        description="a list of quantizer sites, or null for all but the input (merged: the weight and the input)",
+    )
+    sampled_share: float = Field(
+        default=1.0, gt=0, le=1, description="a number above 0, at most 1: quantizers whose gates are sampled in a pass"
     )
     calibration_passes: Count = Field(
         default=50, description="a whole number of at least 1: passes that only record ranges"
+    )
+    placement: Literal["separate", "merged"] = Field(
+        default="separate", description="separate or merged: whether the update lies beside the quantized weight"
+    )
+    granularity: Literal["tensor", "channel", "group"] = Field(
+        default="tensor", description="tensor, channel or group: which numbers of a weight share a range"
+    )
+    group_size: Count = Field(default=64, description="a whole number of at least 1: inputs of a row in a group")
+    share_inputs: bool = Field(default=True, description="true or false")
+    tie_groups: Literal["fused"] | None = Field(default=None, description="fused or null")
+    weight_gradient_rows: Count | None = Field(
+        default=None, description="a whole number of at least 1, or null for all rows"
     )
     initial_bit_logit: float = Field(default=6.0, description="a finite number")
     initial_rank_logit: float = Field(default=6.0, description="a finite number")
@@ -102,15 +130,38 @@ class GatesSection(BaseModel):
     """How ranks and bits are learned: penalty, phases and rates. Phases are fractions of all optimizer steps."""
 
     model_config = STRICT
-    lambda_q: float = Field(default=1e-3, ge=0, description="a number of at least 0: weight of the bit penalty")
-    lambda_r: float = Field(default=1e-3, ge=0, description="a number of at least 0: weight of the rank penalty")
+    budget: BudgetText | Annotated[list[BudgetText], Field(min_length=1)] | None = Field(
+        default=None,
+        description="a budget such as bops=0.25, bytes=0.3, bits=4 or rank=2.5, a list of them, one of each quantity, "
+        "or null",
+    )
+    reference_bits: Literal[16, 32] = Field(
+        default=16, description="16 or 32: width of the base model that budgets of bops and bytes are shares of"
+    )
+    scope: Literal["adapted", "model"] = Field(
+        default="adapted",
+        description="adapted or model: whether a budget of bops counts the adapted layers or the whole model",
+    )
+    allocation: Literal["evidence", "descent"] | None = Field(
+        default=None,
+        description="evidence, descent or null: under a budget widths are chosen when the warm-up ends, or gates close "
+        "one after another; null chooses by the budget",
+    )
+    lambda_q: Weight | None = Field(
+        default=None,
+        description="a number of at least 0: weight of the bit penalty, or null for 0.001, 0 under a budget",
+    )
+    lambda_r: Weight | None = Field(
+        default=None,
+        description="a number of at least 0: weight of the rank penalty, or null for 0.001, 0 under a budget",
+    )
     warmup: Share = Field(default=0.25, description="a fraction from 0 to 1: training without penalty")
     ramp: Share = Field(default=0.25, description="a fraction from 0 to 1: the penalty grows to its full weight")
     fixed: Share = Field(default=0.25, description="a fraction from 0 to 1: training with gates fixed, at the end")
     learning_rate: Positive | Literal["auto"] = Field(default="auto", description="a number above 0, or auto")
     range_learning_rate: Positive = Field(default=1e-3, description="a number above 0")
     eps: Positive = Field(default=1e-8, description="a number above 0: Adam's eps for the gates")
-    weighting: Literal["const", "bop"] = Field(default="const", description="const or bop")
+    weighting: Literal["const", "bop", "byte"] = Field(default="const", description="const, bop or byte")
     reduction: Literal["sum", "mean"] = Field(default="sum", description="sum or mean")
 
     @field_validator("fixed")
@@ -148,6 +199,7 @@ class TrainingSection(BaseModel):
     logging_steps: Count = Field(default=10, description="a whole number of at least 1: steps between two log lines")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="fp32 or bf16")
     gradient_checkpointing: bool = Field(default=False, description="true or false")
+    group_by_length: bool = Field(default=False, description="true or false: batches of rows of about one length")
     report_to: list[Text] = Field(default=[], description="a list of the Trainer's tracking integrations")
 
     @field_validator("epochs")

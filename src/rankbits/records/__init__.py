@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rankbits.records.certainty import DecidingGate, marginals, rank_gates, width_gates
 from rankbits.records.costs import CostRecord, CountOptions, ElementWork, Product, WeightRecord
 from rankbits.records.files import write_atomically
 from rankbits.records.portable import recipe_hash, without_local_paths
@@ -9,6 +10,7 @@ from rankbits.records.run import (
     ADAPTER_SITES,
     SCHEMA_VERSION,
     SITES,
+    BudgetRecord,
     DataRecord,
     ModuleRecord,
     ParameterRecord,
@@ -22,9 +24,11 @@ __all__ = [
     "ADAPTER_SITES",
     "SCHEMA_VERSION",
     "SITES",
+    "BudgetRecord",
     "CostRecord",
     "CountOptions",
     "DataRecord",
+    "DecidingGate",
     "ElementWork",
     "ModuleRecord",
     "ParameterRecord",
@@ -34,7 +38,10 @@ __all__ = [
     "Site",
     "TrainingRecord",
     "WeightRecord",
+    "marginals",
+    "rank_gates",
     "recipe_hash",
+    "width_gates",
     "without_local_paths",
     "write_atomically",
 ]

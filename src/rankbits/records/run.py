@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal, NoReturn, Self, get_args
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rankbits.errors import RecordError, RunFolderError
-from rankbits.records.costs import CostRecord
+from rankbits.records.certainty import DecidingGate, rank_gates, width_gates
+from rankbits.records.costs import CostRecord, ReferenceBits
 from rankbits.records.files import write_atomically
 from rankbits.records.frozen import Frozen
 from rankbits.records.portable import portable, recipe_hash, shorten, without_local_paths
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Site = Literal["weight", "down", "diagonal", "up", "down_output", "diagonal_output", "output", "input"]
 SITES: tuple[Site, ...] = get_args(Site)
@@ -26,6 +27,8 @@ Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 Bits = Annotated[int, Field(ge=1, le=32)]
 ExpectedBits = Annotated[float, Field(ge=1, le=32)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 _HOST_KEYS = frozenset({"host", "hostname", "host_name", "node", "nodename", "fqdn", "domain", "user", "username"})
@@ -49,7 +52,10 @@ class DataRecord(Frozen):
 
 
 class ScoreRecord(Frozen):
-    """One metric on one evaluation split, in percent (correlations too: 100 is perfect)."""
+    """One metric on one evaluation split, in the metric's unit: percent (correlations too: 100 is perfect) or nats.
+
+    `rankbits.records.metrics` says which unit that is, and whether less is better.
+    """
 
     metric: str
     value: float
@@ -79,8 +85,36 @@ class ParameterRecord(Frozen):
     total: Count
 
 
+class BudgetRecord(Frozen):
+    """What a run was allowed to cost and what the hardened model costs, in the same unit.
+
+    `bops` and `bytes` are shares of the merged base model's at `reference_bits`; `bits` and `rank` are means.
+    """
+
+    quantity: Literal["bops", "bytes", "bits", "rank"]
+    limit: Positive
+    reference_bits: ReferenceBits = 16
+    reached: Annotated[float, Field(ge=0)]
+
+    @property
+    def text(self) -> str:
+        """The budget as a user writes it: "bops=0.25"."""
+        return f"{self.quantity}={self.limit:g}"
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the hardened model costs no more than it may."""
+        return self.reached <= self.limit
+
+
 class ModuleRecord(Frozen):
-    """One adapted matrix: its rank and the width of each of its quantizers. A method without quantizers has no bits."""
+    """One adapted matrix: its rank and the width of each quantizer that acts on it.
+
+    A method without quantizers has no bits. Expectations and probabilities are those before hardening. Open
+    probabilities are those of single gates (of 4, 8, 16 and 32 bits; of ranks 2 and up), each on its own; a gate counts
+    only where all before it in its chain are open, so that marginals are products. `shared` names, for a site whose
+    gates belong to another matrix (an input that several read, tied widths), that matrix.
+    """
 
     name: str
     layer: int | None
@@ -90,6 +124,21 @@ class ModuleRecord(Frozen):
     expected_rank: float | None = None
     bits: dict[Site, Bits] = Field(default_factory=dict)
     expected_bits: dict[Site, ExpectedBits] = Field(default_factory=dict)
+    bit_open_probabilities: dict[Site, list[Probability]] = Field(default_factory=dict)
+    rank_open_probabilities: list[Probability] = Field(default_factory=list)
+    rank_gate: Literal["ste", "hard_concrete"] | None = None
+    shared: dict[Site, str] = Field(default_factory=dict)
+
+    def own_bits(self) -> dict[Site, int]:
+        """Widths of the matrix's own quantizers, without that of an input which belongs to another matrix."""
+        return {site: bits for site, bits in self.bits.items() if not (site == "input" and site in self.shared)}
+
+    def deciding_gates(self) -> list[DecidingGate]:
+        """The gates that decide its rank and its widths, those of other matrices left out."""
+        found = rank_gates(self.rank_open_probabilities, self.rank_gate) if self.rank_gate is not None else []
+        for site, probabilities in self.bit_open_probabilities.items():
+            found += width_gates(site, probabilities) if site not in self.shared else []
+        return found
 
     @model_validator(mode="after")
     def _rank_fits(self) -> Self:
@@ -101,12 +150,13 @@ class ModuleRecord(Frozen):
 class RunRecord(Frozen):
     """Everything there is to say about one run. Holds no host name and no absolute path: those are shortened on entry.
 
-    `created` is a UTC time in ISO format; `machine` describes the hardware; `scores` are in percent, and the first one
+    `created` is a UTC time in ISO format; `machine` describes the hardware; `scores` have units, and the first one
     marked primary is the headline; `history` is one dict per logged step ("step", "loss", "bits_mean", "rank_mean");
-    `costs` is what one forward pass of the finished model costs, absent from records of schema version 1.
+    `costs` is what one forward pass of the finished model costs, absent from records of schema version 1; `budgets` are
+    what it was allowed to cost. Certainty of what was learned (open probabilities) is absent before version 3.
     """
 
-    schema_version: Literal[1, 2] = 2
+    schema_version: Literal[1, 2, 3] = 3
     name: str
     method: str
     recipe: dict[str, Any]
@@ -123,6 +173,7 @@ class RunRecord(Frozen):
     modules: list[ModuleRecord]
     history: list[dict[str, float]]
     costs: CostRecord | None = None
+    budgets: list[BudgetRecord] = Field(default_factory=list)
 
     @field_validator("recipe")
     @classmethod
@@ -182,8 +233,8 @@ class RunRecord(Frozen):
         return _mean(module.rank for module in self.modules)
 
     def mean_bits(self, site: Site) -> float | None:
-        """Mean width in bits over the matrices that have a quantizer at `site`, None if none has one."""
-        return _mean(module.bits[site] for module in self.modules if site in module.bits)
+        """Mean width in bits over the quantizers at `site`, one that several matrices share once; None without any."""
+        return _mean(bits[site] for module in self.modules if site in (bits := module.own_bits()))
 
     def mean_adapter_bits(self) -> float | None:
         """Mean width in bits over the quantizers of the adapter's own weights A, E and B, None if there are none."""

@@ -4,18 +4,41 @@ from __future__ import annotations
 
 from collections import Counter
 
-from rankbits.records import SITES, CostRecord, RunRecord
+from rankbits.records import SITES, BudgetRecord, CostRecord, RunRecord
 from rankbits.reports.costs import si
 from rankbits.reports.tables import SITE_LABELS, has_bits, has_learned_rank
 
+_SHARES = frozenset({"bops", "bytes"})
+_UNITS = {
+    "bops": "of the bit operations of the merged base",
+    "bytes": "of the weight bytes of the merged base",
+    "bits": "bits a weight on average",
+    "rank": "ranks a matrix on average",
+}
+
 
 def findings(record: RunRecord) -> list[str]:
-    """A sentence about ranks, one about bits and, where they were counted, one about costs.
+    """A sentence about ranks, one about bits, one for each budget and, where they were counted, one about costs.
 
     They say so where nothing was learned or nothing moved.
     """
     costs = [_cost_sentence(record.costs)] if record.costs is not None else []
-    return [_rank_sentence(record), _bits_sentence(record), *costs]
+    return [_rank_sentence(record), _bits_sentence(record), *map(budget_sentence, record.budgets), *costs]
+
+
+def budget_sentence(budget: BudgetRecord) -> str:
+    """What was allowed and what was reached, in the unit of the budget: shares in percent."""
+    allowed, reached = (_amount(budget, value) for value in (budget.limit, budget.reached))
+    verdict = "" if budget.is_met else ": more than allowed"
+    return f"Budget {budget.text}: {reached} of at most {allowed} {_UNITS[budget.quantity]}{_base(budget)}{verdict}."
+
+
+def _amount(budget: BudgetRecord, value: float) -> str:
+    return f"{value:.2%}" if budget.quantity in _SHARES else f"{value:.3f}"
+
+
+def _base(budget: BudgetRecord) -> str:
+    return f" at {budget.reference_bits} bits" if budget.quantity in _SHARES else ""
 
 
 def _rank_sentence(record: RunRecord) -> str:
@@ -38,7 +61,7 @@ def _rank_sentence(record: RunRecord) -> str:
 def _bits_sentence(record: RunRecord) -> str:
     if not has_bits(record):
         return "Nothing was quantized: every tensor stays in full precision."
-    counts = Counter(bits for m in record.modules for bits in m.bits.values())
+    counts = Counter(bits for m in record.modules for bits in m.own_bits().values())
     total = counts.total()
     if len(counts) == 1:
         return f"All {total} quantizers ended at the same width, {next(iter(counts))} bits."

@@ -73,6 +73,7 @@ def _run(record: RunRecord, label: str, recipe_link: str | None) -> dict[str, An
         "tiles": sections.tiles(record),
         "findings": findings(record),
         "costs": sections.costs(record),
+        "certainty": sections.certainty(record),
         "scores": [(s.metric, s.split, f"{s.value:.2f}") for s in record.scores],
         "parameters": sections.parameters(record),
         "modules": sections.modules(record),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rankbits.records import SITES, ModuleRecord, RunRecord
+from rankbits.records import SITES, ModuleRecord, RunRecord, Site
+from rankbits.reports.certainty import certainty_lines, near_gates
 from rankbits.reports.costs import NOT_COUNTED, Part, breakdown, compare_costs, cost_lines, module_kind, si
 from rankbits.reports.tables import SITE_LABELS, bits_text, has_bits, has_learned_rank, rank_text
 
@@ -17,6 +18,7 @@ _PARAMETER_ROWS = (
     ("trainable", "All trained"),
     ("total", "Whole model"),
 )
+NEAR_COLUMNS = ("matrix", "decides", "probability of being open", "on above", "is")
 _PART_COLUMNS = ("products", "number", "MACs", "nominal BOPs", "executable BOPs", "integer MACs")
 
 
@@ -60,15 +62,26 @@ def parameters(record: RunRecord) -> list[tuple[str, str, str]]:
 
 
 def modules(record: RunRecord) -> dict[str, Any]:
-    """The numbers behind the figures, as one table."""
+    """The numbers behind the figures, as one table; what the width of another matrix decides is marked with =."""
     sites = [site for site in SITES if any(site in module.bits for module in record.modules)]
 
-    def row(module: ModuleRecord) -> list[str]:
-        bits = [str(module.bits[site]) if site in module.bits else "" for site in sites]
-        return [module.name, f"{module.rank} of {module.max_rank}", *bits]
+    def cell(module: ModuleRecord, site: Site) -> str:
+        shared = "=" if site in module.shared else ""
+        return f"{module.bits[site]}{shared}" if site in module.bits else ""
 
     columns = ["matrix", "rank", *(f"bits of {SITE_LABELS[site]}" for site in sites)]
-    return {"columns": columns, "rows": [row(module) for module in record.modules]}
+    rows = [
+        [module.name, f"{module.rank} of {module.max_rank}", *(cell(module, site) for site in sites)]
+        for module in record.modules
+    ]
+    owners = sorted({owner for module in record.modules for owner in module.shared.values()})
+    note = f"= the width is that of another matrix ({', '.join(owners)})." if owners else ""
+    return {"columns": columns, "rows": rows, "note": note}
+
+
+def certainty(record: RunRecord) -> dict[str, Any]:
+    """How certain what was learned is: in sentences, and the gates near their threshold as a table."""
+    return {"lines": certainty_lines(record), "columns": NEAR_COLUMNS, "rows": near_gates(record)}
 
 
 def facts(record: RunRecord) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from rankbits.records import RunRecord, Site
+from rankbits.records.metrics import lower_is_better
 
 COLUMNS = ("method", "score", "mean rank", "bits of W0", "bits of adapters", "trainable", "minutes")
 FULL_PRECISION = "full"
@@ -26,7 +27,8 @@ SITE_LABELS: dict[Site, str] = {
 def run_table(records: Sequence[RunRecord]) -> list[list[str]]:
     """One row of text cells per record, under COLUMNS: the table a run ends with, methods beside each other.
 
-    Scores are in percent; "(fixed)" marks a rank that was not learned, "full" a tensor that was not quantized.
+    Scores are in percent, a language model's loss in nats per token.
+    "(fixed)" marks a rank that was not learned, "full" a tensor that was not quantized.
     """
     return [
         [
@@ -61,8 +63,10 @@ def labels(records: Sequence[RunRecord]) -> list[str]:
 
 
 def score_text(record: RunRecord) -> str:
-    """The headline score in percent with its metric, for example "78.52 accuracy"."""
+    """The headline score with its metric: "78.52 accuracy" in percent, "1.2345 loss ↓" where less is better."""
     score = record.primary_score()
+    if lower_is_better(score.metric):
+        return f"{score.value:.4f} {score.metric} ↓"
     return f"{score.value:.2f} {score.metric}"
 
 

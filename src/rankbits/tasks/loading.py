@@ -11,7 +11,7 @@ from rankbits.errors import TaskError
 from rankbits.tasks import film_reviews
 from rankbits.tasks.rows import Row, rows_of
 from rankbits.tasks.sources import Source, folder_source, hub_source, named_source
-from rankbits.tasks.splits import fingerprint, hold_out, subset, without_duplicates, without_texts_of
+from rankbits.tasks.splits import fingerprint, hold_out, subset, without_duplicates, without_groups_of, without_texts_of
 from rankbits.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ DATA_VARIABLE = "RANKBITS_DATA"
 
 @dataclass(frozen=True)
 class TaskData:
-    """The rows of one run; every data set has the task's text columns and "label", and nothing else.
+    """The rows of one run; every data set has the task's text columns and, where it has labels, "label", no others.
 
     Args:
         train: rows to learn from.
@@ -46,11 +46,12 @@ def load(task: Task, *, data: str | None, train_rows: int | None, evaluate_on: E
 
     Args:
         task: what to load.
-        data: a folder, or the name of a set on the hub. None means the embedded file for the film reviews; for GLUE it
-            means the folder of the task's name in $RANKBITS_DATA if there is one, else the hub.
+        data: a folder, or the name of a set on the hub. None means the embedded file for the film reviews; for all
+            others it means the folder of the task's name in $RANKBITS_DATA if there is one, else the hub.
         train_rows: how many training rows to draw, after all others were removed; None means all.
-        evaluate_on: "validation" is the official split (for the film reviews, ours). "development" is a tenth of the
-            training rows, held out for choices that must not be made on the validation split, which is not read.
+        evaluate_on: "validation" is the official split (for the film reviews, ours; for a task whose answers to the
+            test split are published, that one). "development" is a tenth of the training rows, or what the task sets
+            aside of them, for choices that must not be made on the official split, which is not read.
         seed: the run's seed, which moves no row: all seeds and methods are compared on the same ones.
 
     Raises:
@@ -62,17 +63,21 @@ def load(task: Task, *, data: str | None, train_rows: int | None, evaluate_on: E
     if evaluate_on not in get_args(EvaluateOn):
         raise TaskError(f"task {task.name}: evaluate_on is {evaluate_on!r}, expected one of {get_args(EvaluateOn)}")
     source = _source(task, data)
-    develop = evaluate_on == "development"
+    develop, complete = evaluate_on == "development", task.kind == "completion"
     # Whole films must be held out, so that only then the rows of a folder or a hub set need to name them.
-    train, duplicates = without_duplicates(rows_of(source.read("train"), task, with_group=develop))
+    train, duplicates = without_duplicates(rows_of(source.read(task.train_name), task, with_group=develop or complete))
+    held: list[Row] = []
+    if develop or task.set_aside:
+        train, held = hold_out(train, task.set_aside or DEVELOPMENT_FRACTION, salt="development")
     if develop:
-        train, held = hold_out(train, DEVELOPMENT_FRACTION, salt="development")
         evaluation = {"development": held}
     else:
-        evaluation = {name: rows_of(source.read(name), task) for name in task.validation_names}
-    train, overlaps = without_texts_of(
-        train, [row for rows in evaluation.values() for row in rows], symmetric=task.symmetric
-    )
+        evaluation = {name: rows_of(source.read(name), task, with_group=complete) for name in task.validation_names}
+    evaluated = [row for rows in evaluation.values() for row in rows]
+    if complete:
+        train, overlaps = without_groups_of(train, evaluated)
+    else:
+        train, overlaps = without_texts_of(train, evaluated, symmetric=task.symmetric)
     train = _drawn(train, train_rows, task)
     return TaskData(
         train=_dataset(train, task),
@@ -118,8 +123,8 @@ def _dataset(rows: list[Row], task: Task) -> datasets.Dataset:
     columns: dict[str, list[object]] = {
         name: [row.texts[index] for row in rows] for index, name in enumerate(task.text_columns)
     }
-    features = datasets.Features(
-        {name: datasets.Value("string") for name in task.text_columns}
-        | {"label": datasets.Value("float64" if task.kind == "regression" else "int64")}
-    )
-    return datasets.Dataset.from_dict({**columns, "label": [row.label for row in rows]}, features=features)
+    features = {name: datasets.Value("string") for name in task.text_columns}
+    if task.label_column:
+        columns["label"] = [row.label for row in rows]
+        features["label"] = datasets.Value("float64" if task.kind == "regression" else "int64")
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

@@ -1,7 +1,8 @@
-"""The official metrics of the tasks, in percent."""
+"""The official metrics of the tasks: of labels in percent, of answers in nats per token."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def score(task: Task, predictions: NDArray[np.floating[Any]], labels: NDArray[Any]) -> dict[str, float]:
-    """Every metric of a task, in percent; see `Task.score`."""
+    """Every metric of a task; see `Task.score`."""
+    if task.kind == "completion":
+        return _of_answers(task, np.asarray(predictions, dtype=np.float64), np.asarray(labels))
     predicted = _predicted(task, np.asarray(predictions), np.asarray(labels))
     return {name: 100.0 * _METRICS[name](predicted, np.asarray(labels)) for name in task.metrics}
 
@@ -33,16 +36,42 @@ def _predicted(task: Task, predictions: NDArray[Any], labels: NDArray[Any]) -> N
             f"task {task.name}: predictions {list(predictions.shape)} with labels {list(labels.shape)} "
             f"cannot be scored; expected {expected}"
         )
+    _refuse_non_finite(task, predictions)
+    if task.kind == "regression":
+        return predictions.astype(np.float64).reshape(-1)  # [n]
+    classes: NDArray[np.intp] = predictions.argmax(axis=1)  # [n]
+    return classes
+
+
+def _of_answers(task: Task, predictions: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
+    """Mean negative log-likelihood over all tokens of all answers, in nats, and its exponential.
+
+    Long answers count for more than short ones: every token counts once, however rows were put into batches.
+    """
+    rows = labels.shape[0] if labels.ndim else -1
+    if rows < 1 or predictions.shape != (rows, 2):
+        raise TaskError(
+            f"task {task.name}: predictions {list(predictions.shape)} with labels {list(labels.shape)} cannot be "
+            "scored; expected a sum of nats and a number of tokens for each of at least one row: [n, 2]"
+        )
+    _refuse_non_finite(task, predictions)
+    nats, tokens = predictions.sum(axis=0)  # [2]
+    if not tokens > 0:
+        raise TaskError(f"task {task.name}: the {rows} answers have no tokens; expected at least one")
+    loss = float(nats / tokens)
+    # A model that has come apart loses more nats than a float has room for once they are an exponent.
+    values: dict[Metric, float] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    return {name: values[name] for name in task.metrics}
+
+
+def _refuse_non_finite(task: Task, predictions: NDArray[Any]) -> None:
+    rows = len(predictions)
     finite = np.isfinite(predictions.astype(np.float64)).reshape(rows, -1).all(axis=1)  # [n]
     if not finite.all():
         raise NonFiniteError(
             f"task {task.name}: {int((~finite).sum())} of {rows} predictions are NaN or infinite, "
             f"the first at row {int(np.argmin(finite)) + 1}"
         )
-    if task.kind == "regression":
-        return predictions.astype(np.float64).reshape(-1)  # [n]
-    classes: NDArray[np.intp] = predictions.argmax(axis=1)  # [n]
-    return classes
 
 
 def _accuracy(predicted: NDArray[Any], labels: NDArray[Any]) -> float:

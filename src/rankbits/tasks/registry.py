@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 
 from rankbits.errors import TaskError
-from rankbits.tasks import film_reviews, glue
+from rankbits.tasks import completions, film_reviews, glue
 from rankbits.tasks.task import Task
 
-_TASKS = {task.name: task for task in (*glue.TASKS, film_reviews.TASK)}
+_TASKS = {task.name: task for task in (*glue.TASKS, film_reviews.TASK, *completions.TASKS)}
 
 
 def names() -> list[str]:
-    """Names of all tasks, GLUE first."""
+    """Names of all tasks, GLUE first and those of language models last."""
     return list(_TASKS)
 
 

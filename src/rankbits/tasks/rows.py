@@ -1,4 +1,4 @@
-"""From columns as they were read to rows that are checked: texts, a label inside the task's range, a group."""
+"""From columns as they were read to rows that are checked: texts, a label inside the task's range if any, a group."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """One example: its texts in the order of the task's text columns, its label, and its group where it has one."""
+    """One example: its texts in the order of the task's text columns, and its label and group where it has them."""
 
     texts: tuple[str, ...]
-    label: int | float
+    label: int | float | None
     group: str | None = None
 
 
@@ -32,7 +32,8 @@ def rows_of(table: Table, task: Task, *, with_group: bool = False) -> list[Row]:
         TaskError: a column is missing, there are no rows, a text is not a text, or a label is outside the task's range.
     """
     groups = [task.group_column] if with_group and task.group_column else []
-    needed = [*task.text_columns, task.label_column, *groups]
+    labelled = [task.label_column] if task.label_column else []
+    needed = list(dict.fromkeys([*task.text_columns, *labelled, *groups]))
     # Asked first: an empty JSON Lines file has no columns either, and then it is the rows that are missing.
     if not any(table.columns.values()):
         raise TaskError(f"task {task.name}: {table.origin} is empty; expected at least one row")
@@ -42,8 +43,8 @@ def rows_of(table: Table, task: Task, *, with_group: bool = False) -> list[Row]:
             f"task {task.name}: {table.origin} has no column {', '.join(missing)}; "
             f"given columns: {', '.join(table.columns)}; expected: {', '.join(needed)}"
         )
-    texts = zip(*(_texts(table, name, task) for name in task.text_columns), strict=True)
-    labels = _labels(table, task)
+    texts = list(zip(*(_texts(table, name, task) for name in task.text_columns), strict=True))
+    labels = _labels(table, task, task.label_column) if task.label_column else [None] * len(texts)
     if not groups:
         return [Row(row, label) for row, label in zip(texts, labels, strict=True)]
     films = _texts(table, groups[0], task)
@@ -58,20 +59,20 @@ def _texts(table: Table, column: str, task: Task) -> list[str]:
     return [str(value) for value in values]
 
 
-def _labels(table: Table, task: Task) -> list[int | float]:
-    values = table.columns[task.label_column]
+def _labels(table: Table, task: Task, column: str) -> list[int | float | None]:
+    values = table.columns[column]
     labels = [_number(value) for value in values]
     if task.kind == "regression":
         low, high = task.label_range or (-math.inf, math.inf)
         bad = [i for i, label in enumerate(labels) if not (math.isfinite(label) and low <= label <= high)]
         if bad:
-            raise TaskError(_complaint(table, task.label_column, task, bad, f"a finite number from {low} to {high}"))
+            raise TaskError(_complaint(table, column, task, bad, f"a finite number from {low} to {high}"))
         return list(labels)
     classes = range(task.num_labels)
     bad = [i for i, label in enumerate(labels) if label not in classes]
     if bad:
         known = ", ".join(f"{number} ({name})" for number, name in enumerate(task.label_names))
-        raise TaskError(_complaint(table, task.label_column, task, bad, f"one of {known}"))
+        raise TaskError(_complaint(table, column, task, bad, f"one of {known}"))
     return [int(label) for label in labels]
 
 

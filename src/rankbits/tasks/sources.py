@@ -61,7 +61,8 @@ def folder_source(task: Task, folder: Path) -> Source:
     """
     if not folder.is_dir():
         raise TaskError(f"task {task.name}: there is no folder {str(folder)!r}")
-    if not _split_files(folder, "train") and any(path.suffix == ".parquet" for path in folder.rglob("*train*")):
+    pattern = f"*{task.train_name}*"
+    if not _split_files(folder, task.train_name) and any(path.suffix == ".parquet" for path in folder.rglob(pattern)):
         return Source(f"folder {folder.resolve().name}", hub_source(task, str(folder)).read)
 
     def read(split: str) -> Table:
@@ -115,8 +116,8 @@ def _not_loaded(task: Task, name: str, error: Exception) -> str:
     """What was tried, what went wrong, and how to do without the hub."""
     asked = ", ".join(repr(part) for part in (name, task.hub_config if name == task.hub_name else None) if part)
     nor = "" if name == task.hub_name or Path(name).is_dir() else " (and there is no folder of that name)"
-    files = ", ".join(f"{split}.jsonl" for split in ("train", *task.validation_names))
-    columns = ", ".join((*task.text_columns, task.label_column))
+    files = ", ".join(f"{split}.jsonl" for split in (task.train_name, *task.validation_names))
+    columns = ", ".join((*task.text_columns, *([task.label_column] if task.label_column else [])))
     everywhere = f", or set RANKBITS_DATA to a folder that holds it as {task.name}/" if task.hub_name else ""
     return (
         f"task {task.name}: datasets.load_dataset({asked}) failed{nor}: {type(error).__name__}: {error}; to use local "

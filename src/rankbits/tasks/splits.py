@@ -21,7 +21,7 @@ def without_duplicates(rows: Sequence[Row]) -> tuple[list[Row], int]:
     Texts count as the same when they differ only in white space. Equal texts with different labels are all kept: that
     is noise in the labels, which a task's training set may hold.
     """
-    first: dict[tuple[Key, int | float], Row] = {}
+    first: dict[tuple[Key, int | float | None], Row] = {}
     for row in rows:
         first.setdefault((_key(row), row.label), row)
     return list(first.values()), len(rows) - len(first)
@@ -52,6 +52,18 @@ def without_texts_of(
         else:
             kept.append(row)
     return kept, dropped
+
+
+def without_groups_of(rows: Iterable[Row], evaluation: Iterable[Row]) -> tuple[list[Row], dict[str, int]]:
+    """Drop the rows whose group also occurs in an evaluation split: the same prompt, whatever its answer.
+
+    Returns:
+        The rows that stay, and how many were dropped for that reason.
+    """
+    given = list(rows)
+    seen = {_group(row) for row in evaluation}
+    kept = [row for row in given if _group(row) not in seen]
+    return kept, {"in_evaluation": len(given) - len(kept)}
 
 
 def hold_out(rows: Sequence[Row], fraction: float, *, salt: str) -> tuple[list[Row], list[Row]]:

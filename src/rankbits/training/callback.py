@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankbits.errors import NonFiniteError, RankbitsWarning, ScheduleError
 from rankbits.gates.hard_concrete import OPEN_LOGIT
+from rankbits.training.budget import Allocation
 from rankbits.training.finite import (
     first_non_finite_gradient,
     first_non_finite_gradient_again,
@@ -24,6 +25,10 @@ MANUAL_LOOP = (
     "use a loop of your own: add regularization_loss(model) / accumulation_steps to the training loss and call "
     "GateSchedule(model, total_steps).step() after each optimizer step"
 )
+
+
+STATE_NAME = "rankbits_gate_schedule"
+"""Under this name the schedule's state stands among those of callbacks in a checkpoint."""
 
 
 class RankbitsCallback(TrainerCallback):
@@ -58,6 +63,9 @@ class RankbitsCallback(TrainerCallback):
                 f"the gate schedule was made for {self.schedule.total_steps} optimizer steps, but the Trainer will "
                 f"make {state.max_steps}"
             )
+        saved = _kept(state).get(STATE_NAME)
+        if state.global_step > 0 and saved is not None:
+            self.schedule.load_state_dict(saved)
         self.schedule.restore(state.global_step)
         _warn_if_gates_cannot_close(self.schedule, kwargs.get("optimizer"))
 
@@ -73,6 +81,8 @@ class RankbitsCallback(TrainerCallback):
         """Step the schedule."""
         if self.schedule is not None:
             self.schedule.step()
+            # The Trainer writes this into a checkpoint's trainer_state.json and reads it from there.
+            _kept(state)[STATE_NAME] = self.schedule.state_dict()
 
     def on_log(
         self,
@@ -87,7 +97,7 @@ class RankbitsCallback(TrainerCallback):
             return
         phase = self.schedule.phase()
         values = {**gate_means(kwargs["model"]), "penalty": self.penalty}
-        values |= {"lambda_q": phase.lambda_q, "lambda_r": phase.lambda_r}
+        values |= {"lambda_q": phase.lambda_q, "lambda_r": phase.lambda_r, **budget_values(self.schedule)}
         logs.update(values)
         if state.log_history:
             state.log_history[-1].update(values)
@@ -102,6 +112,23 @@ class RankbitsCallback(TrainerCallback):
                 f"the Trainer made {state.global_step} optimizer steps, but the gate schedule saw {seen}: ranks and "
                 "bits are not what was asked for"
             )
+
+
+def _kept(state: TrainerState) -> dict[str, Any]:
+    """What the Trainer keeps of callbacks by name; it makes a dictionary of the list that its annotation speaks of."""
+    return cast("dict[str, Any]", state.stateful_callbacks)
+
+
+def budget_values(schedule: GateSchedule) -> dict[str, float]:
+    """Of each budget the cost, what is expected of it, its target and its dual variable."""
+    values = {}
+    for state in schedule.budgets():
+        name = state.budget.quantity.value
+        values[f"budget_{name}"] = state.cost
+        values[f"budget_{name}_expected"] = state.expected
+        values[f"budget_{name}_target"] = state.target
+        values[f"mu_{name}"] = state.mu
+    return values
 
 
 def gate_means(model: nn.Module) -> dict[str, float]:
@@ -130,6 +157,8 @@ def _refuse_unsupported(args: TrainingArguments) -> None:
 
 def _warn_if_gates_cannot_close(schedule: GateSchedule, optimizer: Any) -> None:
     """Say so if the gates' learning rate cannot move them to their threshold within this run."""
+    if schedule.allocation is Allocation.EVIDENCE:
+        return
     logits = {id(p): p for _, _, gates in learning_adapters(schedule.model) for p in gates.parameters() if p.numel()}
     groups = getattr(optimizer, "param_groups", [])
     for group in groups:

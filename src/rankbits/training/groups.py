@@ -14,8 +14,12 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from rankbits.gates.hard_concrete import OPEN_LOGIT
+from rankbits.training.budget import CONTESTED
 from rankbits.training.schedule import GateSchedule
 from rankbits.tuners.bayesian_lora import learning_adapters
+
+GATES_IN_TURN = 6
+"""Under a budget all four gates of a chain may have to close in turn, and gates that return close again."""
 
 
 class Decay(str, Enum):
@@ -43,13 +47,25 @@ class GateRates:
     eps: float = 1e-8
 
 
-def automatic_gate_rate(initial_logit: float, penalised_steps: int) -> float:
-    """Rate at which a gate that only the penalty moves reaches its threshold at the end of the penalised steps."""
-    return (initial_logit - OPEN_LOGIT) / max(penalised_steps, 1)
+def automatic_gate_rate(initial_logit: float, penalised_steps: int, *, gates_in_turn: int = 1) -> float:
+    """Rate at which gates that only the penalty moves reach their threshold at the end of the penalised steps.
+
+    Args:
+        initial_logit: where the first of them starts.
+        penalised_steps: optimizer steps in which they are pressed.
+        gates_in_turn: gates of one chain that are pressed one after another from the same start.
+    """
+    return gates_in_turn * (initial_logit - OPEN_LOGIT) / max(penalised_steps, 1)
 
 
 def parameter_groups(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, gate_rate: float, rates: GateRates
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    gate_rate: float,
+    rates: GateRates,
+    rank_rate: float | None = None,
 ) -> list[dict[str, Any]]:
     """Every trainable parameter in exactly one group.
 
@@ -60,11 +76,15 @@ def parameter_groups(
             towards open.
         gate_rate: of the gate logits.
         rates: of the ranges, and Adam's epsilon for the gates.
+        rank_rate: of the logits of rank gates, if it is another.
 
     Returns:
-        Groups named "matrices", "vectors", "gates" and "ranges", without empty ones.
+        Groups named "matrices", "vectors", "gates", "rank_gates" and "ranges", without empty ones; all gates are in one
+        where they have one rate.
     """
     gates = [p for _, _, g in learning_adapters(model) for p in g.parameters()]
+    apart = rank_rate is not None and rank_rate != gate_rate
+    ranked = {id(g.rank_logits) for _, _, g in learning_adapters(model)} if apart else set()
     ranges = [
         p for layer, name, _ in learning_adapters(model) for p in layer.bayesian_lora_quantizers[name].parameters()
     ]
@@ -73,12 +93,17 @@ def parameter_groups(
     groups: list[dict[str, Any]] = [
         {"name": "matrices", "params": [p for p in rest if p.ndim >= 2], "lr": learning_rate, "decay": weight_decay},
         {"name": "vectors", "params": [p for p in rest if p.ndim < 2], "lr": learning_rate, "decay": 0.0},
-        {"name": "gates", "params": gates, "lr": gate_rate, "decay": 0.0, "eps": rates.eps},
+        _gate_group("gates", [p for p in gates if id(p) not in ranked], gate_rate, rates),
+        _gate_group("rank_gates", [p for p in gates if id(p) in ranked], rank_rate or gate_rate, rates),
         {"name": "ranges", "params": ranges, "lr": rates.ranges, "decay": 0.0},
     ]
     for group in groups:
         group["weight_decay"] = group.pop("decay")
     return [group for group in groups if group["params"]]
+
+
+def _gate_group(name: str, gates: list[nn.Parameter], rate: float, rates: GateRates) -> dict[str, Any]:
+    return {"name": name, "params": gates, "lr": rate, "decay": 0.0, "eps": rates.eps}
 
 
 def decay_factor(step: int, *, total_steps: int, warmup_steps: int, decay: Decay) -> float:
@@ -114,13 +139,14 @@ def optimizer_and_scheduler(
         The optimizer, and a scheduler under which only adapters and head decay.
     """
     rates = rates or GateRates()
-    gate_rate = rates.gates
-    if gate_rate is None:
-        tops = [p.detach().max() for _, _, g in learning_adapters(schedule.model) for p in g.parameters() if p.numel()]
-        highest = float(torch.stack([t.cpu() for t in tops]).max()) if tops else 0.0
-        gate_rate = automatic_gate_rate(highest, schedule.penalised_steps)
+    gate_rate, rank_rate = _gate_rates(schedule) if rates.gates is None else (rates.gates, rates.gates)
     groups = parameter_groups(
-        schedule.model, learning_rate=learning_rate, weight_decay=weight_decay, gate_rate=gate_rate, rates=rates
+        schedule.model,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        gate_rate=gate_rate,
+        rates=rates,
+        rank_rate=rank_rate,
     )
     optimizer = AdamW(groups, lr=learning_rate)
 
@@ -130,8 +156,25 @@ def optimizer_and_scheduler(
     def constant(_step: int) -> float:
         return 1.0
 
-    constant_groups = ("gates", "ranges")
+    constant_groups = ("gates", "rank_gates", "ranges")
     factors: list[Callable[[int], float]] = [
         constant if group["name"] in constant_groups else task_factor for group in optimizer.param_groups
     ]
     return optimizer, LambdaLR(optimizer, factors)
+
+
+def _gate_rates(schedule: GateSchedule) -> tuple[float, float]:
+    """Automatic rates of width gates and of rank gates: those that a budget presses close one after another."""
+    tops = [p.detach().max() for _, _, g in learning_adapters(schedule.model) for p in g.parameters() if p.numel()]
+    highest = float(torch.stack([t.cpu() for t in tops]).max()) if tops else 0.0
+    # Without penalised steps gates only drift with the data, and a rate that would close them in one step is noise.
+    steps = schedule.penalised_steps or schedule.total_steps
+    together = automatic_gate_rate(highest, steps)
+    in_turn = automatic_gate_rate(CONTESTED, steps, gates_in_turn=GATES_IN_TURN)
+    controller = schedule.controller
+    if controller is None:
+        return together, together
+    return (
+        in_turn if controller.presses_widths() else together,
+        in_turn if controller.presses_ranks() else together,
+    )

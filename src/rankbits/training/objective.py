@@ -6,7 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from rankbits.quant.grid import GATED_WIDTHS
-from rankbits.tuners.bayesian_lora import learning_adapters
+from rankbits.training.gate_table import pressed_probability
+from rankbits.training.phase import BudgetPhase
+from rankbits.training.weighting import stored_numbers
+from rankbits.tuners.bayesian_lora import BayesianLoraLinear, GatePhase, learning_adapters
+from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
 
 
 def bit_penalty(link_probabilities: Tensor, weights: Tensor | float = 1.0) -> Tensor:
@@ -27,22 +31,22 @@ def rank_penalty(rank_probabilities: Tensor) -> Tensor:
     return rank_probabilities.sum()
 
 
-def mac_weights(macs: list[int], largest: int) -> Tensor:
-    """Weights b M_k / max M that make the bit penalty proportional to bit operations (van Baalen et al. 2020).
+def size_weights(sizes: list[int], largest: int) -> Tensor:
+    """Weights b M_k / max M that make the bit penalty proportional to what bits cost (van Baalen et al. 2020).
 
     Args:
-        macs: multiply-accumulates per row that read each quantized tensor.
-        largest: the largest such number in the model.
+        sizes: of each quantized tensor the multiply-accumulates per row that read it, or the numbers it stores.
+        largest: the largest such size in the model.
 
     Returns:
         [quantizers, 4] float32.
     """
-    per_tensor = torch.tensor(macs, dtype=torch.float32) / largest
+    per_tensor = torch.tensor(sizes, dtype=torch.float32) / largest
     return per_tensor[:, None] * torch.tensor([float(b) for b in GATED_WIDTHS])
 
 
 def regularization_loss(model: nn.Module) -> Tensor:
-    """The penalty lambda_q R_q + lambda_r R_r at the weights that the schedule asks for now.
+    """The penalty lambda_q R_q + lambda_r R_r, or that of a budget, at the weights that the schedule asks for now.
 
     Add it to the task loss of a hand-written loop, divided by the number of accumulated micro-batches; the Trainer
     callback applies it by itself. Quantizers that are off and adapters in the fixed phase leave it.
@@ -53,20 +57,32 @@ def regularization_loss(model: nn.Module) -> Tensor:
     Returns:
         Scalar with graph; a zero without graph while nothing is penalised.
     """
+    return _loss(list(learning_adapters(model)))
+
+
+def _loss(adapters: list[tuple[BayesianLoraLinear, str, LayerGates]]) -> Tensor:
     terms = []
-    for layer, name, gates in learning_adapters(model):
+    for layer, name, gates in adapters:
         phase = layer.phase[name]
         if phase.fixed:
             continue
         widths, ranks = gates.width_probabilities(), gates.rank_probabilities()
         if widths is not None and phase.lambda_q:
-            weights = 1.0 if phase.largest_macs is None else mac_weights(layer.macs_per_row(name), phase.largest_macs)
-            terms.append(phase.lambda_q * bit_penalty(widths, _on(widths, weights)))
+            terms.append(phase.lambda_q * bit_penalty(widths, _on(widths, _weights(layer, name, phase))))
         if ranks is not None and phase.lambda_r:
             terms.append(phase.lambda_r * rank_penalty(ranks))
+        if isinstance(phase, BudgetPhase) and phase.pressure is not None:
+            terms.append(pressed_probability(gates, *phase.pressure))
     if not terms:
         return torch.zeros(())
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+def _weights(layer: BayesianLoraLinear, name: str, phase: GatePhase) -> Tensor | float:
+    """Cost of each link of a layer's width gates."""
+    if isinstance(phase, BudgetPhase) and phase.largest_stored is not None:
+        return size_weights(stored_numbers(layer, name), phase.largest_stored)
+    return 1.0 if phase.largest_macs is None else size_weights(layer.macs_per_row(name), phase.largest_macs)
 
 
 def _on(reference: Tensor, weights: Tensor | float) -> Tensor | float:
@@ -81,10 +97,11 @@ def add_regularization_gradient(model: nn.Module) -> float:
     Returns:
         The penalty's value.
     """
-    loss = regularization_loss(model)
+    adapters = list(learning_adapters(model))
+    loss = _loss(adapters)
     if not loss.requires_grad:
         return 0.0
-    logits = [p for _, _, gates in learning_adapters(model) for p in gates.parameters() if p.requires_grad]
+    logits = [p for _, _, gates in adapters for p in gates.parameters() if p.requires_grad]
     for parameter, grad in zip(logits, torch.autograd.grad(loss, logits, allow_unused=True), strict=True):
         if grad is not None:
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad

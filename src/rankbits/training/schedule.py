@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import Any
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import isfinite
+from typing import Any, Unpack
 
 from torch import nn
 
-from rankbits.errors import ScheduleError
-from rankbits.tuners.bayesian_lora import GatePhase, learning_adapters
+from rankbits.accounting.budget import Budget, Quantity
+from rankbits.errors import RankbitsWarning, ScheduleError
+from rankbits.training.budget import (
+    Allocation,
+    BudgetController,
+    BudgetLike,
+    BudgetState,
+    allocation_of,
+    budgets_of,
+)
+from rankbits.training.phase import BudgetPhase
+from rankbits.training.weighting import Penalty, PenaltyOptions, PenaltyReduction, PenaltyWeighting, stored_numbers
+from rankbits.tuners.bayesian_lora import BayesianLoraLinear, adapted_layers, learning_adapters, summarize
+from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
 
-
-class PenaltyWeighting(str, Enum):
-    """What a bit of a quantizer costs: the same everywhere, or its share of the bit operations."""
-
-    CONST = "const"
-    BOP = "bop"
-
-
-class PenaltyReduction(str, Enum):
-    """Whether the penalties add up over all quantizers and layers (the paper) or are averaged."""
-
-    SUM = "sum"
-    MEAN = "mean"
+USUAL_LAMBDA = 1e-3
+"""Weight of the penalties where there is no budget, unless one is given."""
 
 
 def penalty_fraction(progress: float, *, warmup: float, ramp: float) -> float:
@@ -44,15 +48,23 @@ class GateSchedule:
     Args:
         model: a model with at least one active Bayesian-LoRA adapter that has gates.
         total_steps: optimizer steps of the whole training.
-        lambda_q: penalty per expected open width gate (weight of R_q).
-        lambda_r: penalty per expected open rank (weight of R_r).
+        budget: what the hardened model may cost: a text such as "bops=0.25", "bytes=0.3", "bits=4" or "rank=2.5", a
+            `Budget`, or several of them. The gates it presses are closed by a controller, and it is never exceeded.
+        allocation: "evidence" chooses all widths when the warm-up ends, by what closing each gate was measured to cost
+            in its second half, and fixes them; ranks keep what no penalty takes. "descent" closes gates one after
+            another in the penalised steps, by what sampled gates feel. None is "evidence", and "descent" if a budget
+            limits ranks.
+        lambda_q: penalty per expected open width gate (weight of R_q); None is 0.001, or 0 under any budget.
+        lambda_r: penalty per expected open rank (weight of R_r); None is 0.001, or 0 under any budget: idle gates close
+            whatever the size of a penalty, and what no budget asks for need not be given up.
         phases: shares of the steps for (warm-up, ramp, fixed); what is left between ramp and fixed holds the full
             penalty. (0, 0, 0) is the letter of the paper.
-        weighting: "const" or "bop".
-        reduction: "sum" or "mean" over all width gates and all rank gates of the model.
+        penalty: weighting="const", "bop" or "byte", what the bits of a quantizer count by; and reduction="sum" or
+            "mean" over all width gates and all rank gates of the model.
 
     Raises:
-        ScheduleError: the model has nothing to schedule, or a number is out of its range.
+        ScheduleError: the model has nothing to schedule, a number is out of its range, or a budget is not one, cannot
+            be met, contradicts another or a lambda, or has no steps to be met in. The model is unchanged.
     """
 
     GATE_BOUNDS = (-4.0, 8.0)
@@ -63,29 +75,74 @@ class GateSchedule:
         model: nn.Module,
         total_steps: int,
         *,
-        lambda_q: float = 1e-3,
-        lambda_r: float = 1e-3,
+        budget: BudgetLike | None = None,
+        allocation: str | None = None,
+        lambda_q: float | None = None,
+        lambda_r: float | None = None,
         phases: tuple[float, float, float] = (0.25, 0.25, 0.25),
-        weighting: str = "const",
-        reduction: str = "sum",
+        **penalty: Unpack[PenaltyOptions],
     ) -> None:
         _check_numbers(total_steps, lambda_q, lambda_r, phases)
         self.model = model
+        self._layers = [layer for _, layer in adapted_layers(model)]
         self.total_steps = total_steps
         self.warmup, self.ramp, self.fixed = phases
         self.completed_steps = 0
-        adapters = list(learning_adapters(model))
-        if not adapters:
+        if next(learning_adapters(model), None) is None:
             raise ScheduleError(
                 "the model has no active Bayesian-LoRA adapter with gates to schedule: attach one with "
                 "get_peft_model(model, BayesianLoraConfig(...)) and learn_bits or learn_rank on"
             )
-        bits, ranks = _gate_counts(model) if PenaltyReduction(reduction) is PenaltyReduction.MEAN else (1, 1)
-        self.lambda_q, self.lambda_r = lambda_q / max(bits, 1), lambda_r / max(ranks, 1)
-        self.largest_macs = None
-        if PenaltyWeighting(weighting) is PenaltyWeighting.BOP:
-            self.largest_macs = max([1, *(m for layer, name, _ in adapters for m in layer.macs_per_row(name))])
+        budgets = budgets_of(budget)
+        self.allocation = allocation_of(allocation, budgets)
+        self.controller = self._controller(budgets) if budgets else None
+        self._given = (lambda_q is not None, lambda_r is not None)
+        self._set_lambdas(lambda_q, lambda_r, Penalty(**penalty))
         self._enter()
+
+    def _controller(self, budgets: Sequence[Budget]) -> BudgetController:
+        if self.allocation is Allocation.EVIDENCE:
+            self._check_evidence(budgets)
+        elif self.penalised_steps < 1:
+            raise ScheduleError(
+                f"budget {' and '.join(map(str, budgets))}: of {self.total_steps} steps {self.warmup_steps} are "
+                f"warm-up and {self.total_steps - self.fixed_from} have fixed gates, which leaves none in which gates "
+                "could close; expected phases (warm-up, ramp, fixed) that leave at least one"
+            )
+        start, end = self.warmup_steps, self.fixed_from
+        return BudgetController(self.model, budgets, start=start, end=end, allocation=self.allocation)
+
+    def _check_evidence(self, budgets: Sequence[Budget]) -> None:
+        texts = " and ".join(map(str, budgets))
+        if self.warmup_steps < 2:
+            raise ScheduleError(
+                f"budget {texts}: allocation='evidence' measures in the second half of the warm-up, which has "
+                f"{self.warmup_steps} of {self.total_steps} steps; expected phases whose warm-up has at least 2"
+            )
+        if any(budget.quantity is Quantity.RANK for budget in budgets):
+            raise ScheduleError(
+                f"budget {texts}: allocation='evidence' measures widths alone; expected 'descent' for a budget of ranks"
+            )
+
+    def _set_lambdas(self, lambda_q: float | None, lambda_r: float | None, penalty: Penalty) -> None:
+        controller = self.controller
+        pressed = (False, False) if controller is None else (controller.presses_widths(), controller.presses_ranks())
+        given = {"lambda_q": lambda_q, "lambda_r": lambda_r}
+        for (name, value), is_pressed in zip(given.items(), pressed, strict=True):
+            if value is not None and is_pressed and controller is not None:
+                raise ScheduleError(
+                    f"{name}: given {value:g} together with the budget {controller}, which presses the same gates; "
+                    "expected one of them"
+                )
+        chosen = [(USUAL_LAMBDA if controller is None else 0.0) if value is None else value for value in given.values()]
+        bits, ranks = _gate_counts(self.model) if penalty.reduction is PenaltyReduction.MEAN else (1, 1)
+        self.lambda_q, self.lambda_r = chosen[0] / max(bits, 1), chosen[1] / max(ranks, 1)
+        adapters = list(learning_adapters(self.model))
+        self.largest_macs = self.largest_stored = None
+        if penalty.weighting is PenaltyWeighting.BOP:
+            self.largest_macs = max([1, *(m for layer, name, _ in adapters for m in layer.macs_per_row(name))])
+        if penalty.weighting is PenaltyWeighting.BYTE:
+            self.largest_stored = max([1, *(n for layer, name, _ in adapters for n in stored_numbers(layer, name))])
 
     @property
     def warmup_steps(self) -> int:
@@ -93,8 +150,18 @@ class GateSchedule:
         return round(self.warmup * self.total_steps)
 
     @property
+    def calibrated_at(self) -> int:
+        """Completed steps at which calibration ends at the latest."""
+        return self.warmup_steps // 2 if self.allocation is Allocation.EVIDENCE else self.warmup_steps
+
+    @property
     def fixed_from(self) -> int:
-        """First step, counted from 0, with fixed gates; `total_steps` if there is none."""
+        """First step, counted from 0, with fixed gates; `total_steps` if there is none.
+
+        Widths that were chosen by evidence are fixed from then on: sampling could only make them noisy.
+        """
+        if self.allocation is Allocation.EVIDENCE:
+            return self.warmup_steps
         return self.total_steps - round(self.fixed * self.total_steps)
 
     @property
@@ -102,15 +169,17 @@ class GateSchedule:
         """Number of steps of the ramp and hold phases together."""
         return max(self.fixed_from - self.warmup_steps, 0)
 
-    def phase(self) -> GatePhase:
+    def phase(self) -> BudgetPhase:
         """What holds for the next optimizer step."""
         share = penalty_fraction(self.completed_steps / self.total_steps, warmup=self.warmup, ramp=self.ramp)
-        fixed = self.fixed > 0.0 and self.completed_steps >= self.fixed_from
-        return GatePhase(
+        fixed = self.fixed_from < self.total_steps and self.completed_steps >= self.fixed_from
+        return BudgetPhase(
             lambda_q=0.0 if fixed else share * self.lambda_q,
             lambda_r=0.0 if fixed else share * self.lambda_r,
             fixed=fixed,
             largest_macs=self.largest_macs,
+            largest_stored=self.largest_stored,
+            measures=self.controller is not None and self.controller.measures(self.completed_steps),
         )
 
     def step(self) -> None:
@@ -125,46 +194,107 @@ class GateSchedule:
                 "give it the number of optimizer steps, not of micro-batches or epochs"
             )
         self.completed_steps += 1
-        for layer, name, gates in learning_adapters(self.model):
+        for layer, name, gates in self._adapters():
             gates.clamp(*self.GATE_BOUNDS)
             if self.completed_steps <= self.warmup_steps:
                 layer.cover_weights(name)
-            if self.completed_steps == self.warmup_steps:
-                # From here on gates are penalised: a quantizer that still only records could not defend its bits.
+            if self.completed_steps == self.calibrated_at:
+                # From here on gates are judged: a quantizer that still only records could not defend its bits.
                 layer.finish_calibration(name)
+        if self.controller is not None:
+            self.controller.advance(self.completed_steps)
+        if self.completed_steps == self.fixed_from:
+            self._warn_if_all_closed()
         self._enter()
+
+    def budgets(self) -> list[BudgetState]:
+        """Where each budget stands now; none if there is no budget."""
+        return [] if self.controller is None else self.controller.states(self.completed_steps)
 
     def restore(self, completed_steps: int) -> None:
         """Continue after this many completed steps, as if they had been made here."""
         if not 0 <= completed_steps <= self.total_steps:
             raise ScheduleError(f"completed_steps must be in [0, {self.total_steps}], got {completed_steps}")
         self.completed_steps = completed_steps
+        if self.controller is not None:
+            self.controller.resume()
         self._enter()
 
     def _enter(self) -> None:
         phase = self.phase()
-        for layer, name, _ in learning_adapters(self.model):
-            layer.set_phase(name, phase, self.completed_steps)
+        pressure = None if self.controller is None or phase.fixed else self.controller.pressure(self.completed_steps)
+        pressures = {}
+        if self.controller is not None and pressure is not None:
+            parts = self.controller.table.per_layer(*pressure)
+            pressures = {(id(layer), name): (widths, ranks) for layer, name, widths, ranks in parts}
+        for layer, name, _ in self._adapters():
+            layer.set_phase(name, replace(phase, pressure=pressures.get((id(layer), name))), self.completed_steps)
+
+    def _adapters(self) -> Iterator[tuple[BayesianLoraLinear, str, LayerGates]]:
+        """What `learning_adapters` finds, without a walk through the whole model at each step."""
+        for layer in self._layers:
+            for name in layer.active_adapters:
+                gates = layer.gates_of(name)
+                if gates is not None:
+                    yield layer, name, gates
+
+    def _warn_if_all_closed(self) -> None:
+        """Say so if a lambda that the user gave has closed every gate of its kind."""
+        names = {name for _, name, _ in learning_adapters(self.model)}
+        summaries = [summary for name in sorted(names) for summary in summarize(self.model, name)]
+        widths = [bits for summary in summaries for bits in summary.bits.values()]
+        ranks = [(summary.rank, summary.max_rank) for summary in summaries if summary.expected_rank is not None]
+        closed = (bool(widths) and max(widths) == 2, any(most > 1 for _, most in ranks) and max(ranks)[0] == 1)
+        causes = [
+            ("lambda_q", self.lambda_q, "all quantizers are at 2 bits", "bits=4"),
+            (
+                "lambda_r",
+                self.lambda_r,
+                "all layers are at rank 1",
+                f"rank={max((m for _, m in ranks), default=2) / 2:g}",
+            ),
+        ]
+        for (name, value, what, form), given, is_closed in zip(causes, self._given, closed, strict=True):
+            if given and is_closed and value > 0.0:
+                warnings.warn(
+                    f"{what} at the end of the gate phase: {name} has closed every gate, whatever the data said. Give "
+                    f'a budget instead, such as GateSchedule(model, total_steps, budget="{form}")',
+                    RankbitsWarning,
+                    stacklevel=3,
+                )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of a hand-written loop needs; everything else follows from the constructor."""
-        return {"completed_steps": self.completed_steps, "total_steps": self.total_steps}
+        """What a checkpoint needs, ready for JSON; everything else follows from the constructor."""
+        state: dict[str, Any] = {"completed_steps": self.completed_steps, "total_steps": self.total_steps}
+        return state if self.controller is None else state | {"budget": self.controller.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`. ScheduleError if it was made for another number of steps."""
+        """Continue from `state_dict`, with the model's weights loaded before.
+
+        Raises:
+            ScheduleError: it was made for another number of steps, or under another budget.
+        """
         if state["total_steps"] != self.total_steps:
             raise ScheduleError(
                 f"the checkpoint's gate schedule was made for {state['total_steps']} steps, this one for "
                 f"{self.total_steps}"
             )
+        saved = state.get("budget")
+        if (saved is None) != (self.controller is None):
+            mine = "none" if self.controller is None else str(self.controller)
+            raise ScheduleError(f"the checkpoint's budgets are {(saved or {}).get('budgets')}, this schedule's {mine}")
+        if self.controller is not None and saved is not None:
+            self.controller.load_state_dict(saved)
         self.restore(state["completed_steps"])
 
 
-def _check_numbers(total_steps: int, lambda_q: float, lambda_r: float, phases: tuple[float, float, float]) -> None:
+def _check_numbers(
+    total_steps: int, lambda_q: float | None, lambda_r: float | None, phases: tuple[float, float, float]
+) -> None:
     problems = []
     if total_steps < 1:
         problems.append(f"total_steps must be >= 1, got {total_steps}")
-    if lambda_q < 0 or lambda_r < 0:
+    if not all(value is None or (value >= 0 and isfinite(value)) for value in (lambda_q, lambda_r)):
         problems.append(f"lambda_q and lambda_r must be >= 0, got {lambda_q} and {lambda_r}")
     if min(phases) < 0 or sum(phases) > 1.0 + 1e-9:
         problems.append(f"phases (warm-up, ramp, fixed) must be >= 0 with a sum <= 1, got {phases}")

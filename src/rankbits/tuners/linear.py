@@ -86,9 +86,16 @@ class AdapterLinear(nn.Module, BaseTunerLayer, ABC):
         dtype = x.dtype
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs).to(dtype)  # type: ignore[no-any-return]
+        if self.merged:
+            return self.merged_forward(x, *args, **kwargs).to(dtype)
         return self.adapted_forward(x).to(dtype)
+
+    def merged_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Output with adapters written into the base weight: [..., in_features] to [..., out_features]."""
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters into the base weight and keep the original for `unmerge`.

@@ -15,7 +15,7 @@ from rankbits.accounting.architectures.read import Head, read_shape
 from rankbits.accounting.artefacts import artefact_bytes, checkpoint_bytes
 from rankbits.accounting.params import count
 from rankbits.accounting.settings import TrainingSettings
-from rankbits.accounting.spec import Convolution, Method, MethodSpec, ModelShape
+from rankbits.accounting.spec import Convolution, Granularity, Method, MethodSpec, ModelShape, Placement
 from rankbits.errors import ModelError
 
 pytestmark = [
@@ -57,6 +57,37 @@ def test_a_bayesian_lora_file(tmp_path: Path, rank: int, learn_rank: bool, sites
     get_peft_model(model, config).save_pretrained(str(tmp_path))
     targets = ("q_proj", "o_proj")
     spec = MethodSpec(Method.BAYESIAN_LORA, rank=rank, targets=targets, sites=sites, learn_rank=learn_rank)
+    assert artefact_bytes(shape, spec) == (tmp_path / ADAPTER_FILE).stat().st_size
+
+
+@pytest.mark.parametrize("placement", Placement)
+@pytest.mark.parametrize("granularity", Granularity)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_file_with_shared_inputs_and_fine_ranges(
+    tmp_path: Path, tied: bool, granularity: Granularity, placement: Placement
+) -> None:
+    model, shape = llama(tied=True)
+    targets, sites = ("q_proj", "k_proj", "up_proj"), ("weight", "output", "input")
+    config = BayesianLoraConfig(
+        r=3,
+        target_modules=list(targets),
+        quantizers=list(sites),
+        granularity=granularity.value,
+        group_size=8,
+        placement=placement.value,
+        tie_groups="fused" if tied else None,
+    )
+    get_peft_model(model, config).save_pretrained(str(tmp_path))
+    spec = MethodSpec(
+        Method.BAYESIAN_LORA,
+        rank=3,
+        targets=targets,
+        sites=sites,
+        granularity=granularity,
+        group_size=8,
+        placement=placement,
+        tie_groups=tied,
+    )
     assert artefact_bytes(shape, spec) == (tmp_path / ADAPTER_FILE).stat().st_size
 
 

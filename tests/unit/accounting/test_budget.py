@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from rankbits.accounting.budget import Budget, Quantity, expectation, parse_budget
+from rankbits.accounting.budget import Budget, Quantity, Scope, expectation, parse_budget
 from rankbits.accounting.macs import products
-from rankbits.accounting.spec import Attention, Linear, Method, MethodSpec, ModelShape
+from rankbits.accounting.spec import Attention, Granularity, Linear, Method, MethodSpec, ModelShape, Placement
 from rankbits.errors import RecipeError
 from rankbits.records import CountOptions
 
@@ -145,3 +145,19 @@ def test_the_interval_is_that_of_the_products() -> None:
     listed = products(SHAPE, OPTIONS.model_copy(update={"adapters": "unmerged"}), replace(SPEC, widths=widths))
     share = sum(p.bops for p in listed if p.module in widths) / (10 * 6144 * 256)
     assert share == pytest.approx(_share_at(4, 4))
+
+
+def test_a_rounded_sum_leaves_the_weight_alone() -> None:
+    merged = replace(SPEC, sites=("weight", "input"), placement=Placement.MERGED, granularity=Granularity.CHANNEL)
+    assert expectation(SHAPE, merged, OPTIONS, Budget(Quantity.BOPS, (4 * 4) / 256)).mean_bits == pytest.approx(4.0)
+    assert expectation(SHAPE, merged, OPTIONS, Budget(Quantity.BITS, 4.0)).mean_bits == pytest.approx(4.0)
+    share = ((4096 + 2048) / 2 + 4 * (64 + 32)) / ((4096 + 2048) * 2)
+    assert expectation(SHAPE, merged, OPTIONS, Budget(Quantity.BYTES, share)).mean_bits == pytest.approx(4.0)
+
+
+def test_the_whole_model_has_its_attention_and_other_layers() -> None:
+    merged = replace(SPEC, sites=("weight", "input"), placement=Placement.MERGED)
+    found = expectation(SHAPE, merged, OPTIONS, Budget(Quantity.BOPS, 3.0, 16, 10, Scope.MODEL))
+    other = 10 * 32 * 64 + 2 * (2 * 10 * 16 * 10)
+    base = 10 * (4096 + 2048) + other
+    assert found.low == pytest.approx((10 * (4096 + 2048) * 4 + other * 1024) / (base * 256))

@@ -11,11 +11,13 @@ from rankbits.accounting.spec import (
     Activation,
     Attention,
     Convolution,
+    Granularity,
     Linear,
     Method,
     MethodSpec,
     ModelShape,
     Norm,
+    Placement,
     Rows,
     Table,
 )
@@ -53,6 +55,42 @@ def test_the_base_is_its_own_reference() -> None:
     assert cost.reference_macs == cost.macs
     assert _elements(cost, adapter=False) == base_parameters(SHAPE), "a tied weight is kept once"
     assert cost.element_operations == 10 * 64 * 2
+
+
+def test_a_rounded_sum_is_a_packed_weight_with_its_ranges_once_merged() -> None:
+    widths = {"q": {"weight": 4, "input": 8}, "v": {"weight": 2, "input": 8}}
+    sites = ("weight", "input")
+    spec = MethodSpec(
+        Method.BAYESIAN_LORA,
+        rank=3,
+        targets=("q", "v"),
+        sites=sites,
+        widths=widths,
+        placement=Placement.MERGED,
+        granularity=Granularity.GROUP,
+        group_size=16,
+    )
+    merged, beside = predict(SHAPE, OPTIONS, spec), predict(SHAPE, UNMERGED, spec)
+    packed = {w.module: w for w in merged.weights if w.operand == "W0" and w.module in widths}
+    assert packed["q"].size_bytes == 64 * 64 // 2 + 4 * 64 * 64 // 16
+    assert packed["v"].size_bytes == 64 * 32 // 4 + 4 * 64 * 32 // 16
+    assert [(w.module, w.elements, w.adapter) for w in merged.weights if w.operand == "ranges"] == [("q", 1, None)]
+    assert {w.adapter for w in merged.weights} == {None}
+    bits = {p.module: (p.bits_left, p.bits_right) for p in merged.products if p.module in widths}
+    assert bits == {"q": (8, 4), "v": (8, 2)}
+    assert merged.macs == merged.reference_macs
+
+    kept = {(w.module, w.operand): (w.elements, w.bits) for w in beside.weights if w.module == "q"}
+    assert kept["q", "W0"] == (64 * 64, 32), "as long as it is not merged the sum is made of floats"
+    assert kept["q", "A"] == (3 * 64, 32)
+    assert kept["q", "ranges"] == (1 + 64 * 4, 32)
+    forming = [(p.module, p.op, p.macs, p.constant) for p in beside.products if p.adapter is not None]
+    assert forming == [("q", "lora_merge", 3 * 64 * 64, True), ("v", "lora_merge", 3 * 64 * 32, True)]
+    written = {(work.module, work.op): work.elements for cost in (merged, beside) for work in cost.elements}
+    assert written["q", "quantizer"] == 10 * 64
+    assert ("v", "quantizer") not in written, "the input is rounded once for both"
+    assert written["q", "weight_quantizer"] == 64 * 64
+    assert ("q", "weight_quantizer") not in {(work.module, work.op) for work in merged.elements}
 
 
 def test_without_tables_a_tied_head_still_needs_its_weight() -> None:

@@ -23,6 +23,8 @@ def compiling(monkeypatch):
     return monkeypatch
 
 
+ARGUMENTS = (torch.ones(1, 3), torch.ones(1, 1), torch.zeros(4), True)
+"""Of `quantize_forward`: values, steps, links, signed."""
 COMPILES = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 """PyTorch's compiler imports parts of PyTorch that PyTorch calls deprecated."""
 
@@ -36,10 +38,9 @@ def _inputs(dtype=torch.float32):
 def test_a_failing_compiler_warns_once_with_its_reason_and_eager_code_goes_on(compiling):
     fused = kernels.Fused(kernels.quantize_forward)
     compiling.setattr(fused, "compiled", _raise)
-    arguments = (torch.ones(1, 3), torch.ones(1, 1), torch.zeros(4), True)
-    expected = kernels.quantize_forward(*arguments)
+    expected = kernels.quantize_forward(*ARGUMENTS)
     with pytest.warns(RankbitsWarning) as caught:
-        assert torch.equal(fused(*arguments), expected)
+        assert torch.equal(fused(*ARGUMENTS), expected)
     assert len(caught) == 1
     message = str(caught[0].message)
     assert "quantize_forward runs without fusion" in message
@@ -48,7 +49,7 @@ def test_a_failing_compiler_warns_once_with_its_reason_and_eager_code_goes_on(co
     assert "RANKBITS_COMPILE=0" in message
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(fused(*arguments), expected)
+        assert torch.equal(fused(*ARGUMENTS), expected)
 
 
 def test_the_warning_names_the_cause_that_pytorch_wraps(compiling):
@@ -60,7 +61,7 @@ def test_the_warning_names_the_cause_that_pytorch_wraps(compiling):
     fused = kernels.Fused(kernels.quantize_forward)
     compiling.setattr(fused, "compiled", fail)
     with pytest.warns(RankbitsWarning) as caught:
-        fused(torch.ones(1, 3), torch.ones(1, 1), torch.zeros(4), True)
+        fused(*ARGUMENTS)
     assert "InvalidCxxCompiler: No working C++ compiler found" in str(caught[0].message)
 
 
@@ -71,7 +72,7 @@ def test_a_failure_without_a_message_is_still_a_failure_of_the_compiler(compilin
     fused = kernels.Fused(kernels.quantize_forward)
     compiling.setattr(fused, "compiled", fail)
     with pytest.warns(RankbitsWarning, match=r"failed: OSError: \. "):
-        fused(torch.ones(1, 3), torch.ones(1, 1), torch.zeros(4), True)
+        fused(*ARGUMENTS)
 
 
 def test_a_mistake_in_the_arguments_is_not_blamed_on_the_compiler(compiling):
@@ -99,7 +100,7 @@ def test_the_switch_keeps_eager_code_without_a_word(monkeypatch):
     monkeypatch.setattr(fused, "compiled", _raise)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fused(torch.ones(1, 3), torch.ones(1, 1), torch.zeros(4), True)
+        fused(*ARGUMENTS)
     assert fused.compiled is _raise
 
 
@@ -107,13 +108,13 @@ def test_inside_a_model_that_is_itself_compiled_the_plain_function_is_traced(com
     fused = kernels.Fused(kernels.quantize_forward)
     compiling.setattr(fused, "compiled", lambda *_: "compiled")
     compiling.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert isinstance(fused(torch.ones(1, 3), torch.ones(1, 1), torch.zeros(4), True), torch.Tensor)
+    assert isinstance(fused(*ARGUMENTS), torch.Tensor)
 
 
 def test_the_compiled_function_is_used_where_there_is_one(compiling):
     fused = kernels.Fused(kernels.quantize_forward)
     compiling.setattr(fused, "compiled", lambda *_: "compiled")
-    assert fused(torch.ones(1, 3), torch.ones(1, 1), torch.zeros(4), True) == "compiled"
+    assert fused(*ARGUMENTS) == "compiled"
 
 
 @pytest.mark.slow

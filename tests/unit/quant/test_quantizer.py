@@ -97,7 +97,7 @@ def test_saved_state_restores_the_same_function(assign):
     assert torch.equal(other(x, SOFT, hard=False), quantizer(x, SOFT, hard=False))
     for name, tensor in quantizer.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor)
-    assert set(quantizer.state_dict()) == {"log_range", "maximum", "passes", "calibrated", "seen_negative"}
+    assert set(quantizer.state_dict()) == {"log_range", "maximum", "passes", "calibrated", "seen_negative", "fitted"}
 
 
 def test_state_saved_in_the_middle_of_calibration_resumes_there():
@@ -147,7 +147,7 @@ def test_fixed_quantizer(bits, signed):
 
 
 def test_what_print_shows():
-    assert repr(Quantizer(calibration_passes=7)) == "Quantizer(calibration_passes=7, signed)"
+    assert repr(Quantizer(calibration_passes=7)) == "Quantizer(calibration_passes=7, signed, one range per tensor)"
     assert repr(FixedQuantizer(4, signed=False)) == "FixedQuantizer(bits=4, unsigned)"
 
 

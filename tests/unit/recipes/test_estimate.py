@@ -113,7 +113,8 @@ def test_the_json_has_the_question_the_groups_and_the_budget():
     assert (told["settings"]["batch"], told["settings"]["sequence_length"]) == (3, 16)
     groups = ("adapter", "diagonal", "gates", "ranges", "head", "base")
     assert sum(told["parameters"][group] for group in groups) == told["parameters"]["trainable"]
-    assert told["budget"] == {"quantity": "bits", "limit": 4.0, "reference_bits": 16}
+    given = {"quantity": "bits", "limit": 4.0, "reference_bits": 16}
+    assert told["budget"] == given | {"sequence_length": None, "scope": "adapted"}
     assert told["expected"]["mean_bits"] == pytest.approx(4)
     assert told["expected"]["low"] < 4 < told["expected"]["high"]
 

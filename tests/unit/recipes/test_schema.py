@@ -42,7 +42,8 @@ def test_defaults_are_the_package_s():
     assert (recipe.adapter.initial_bit_logit, recipe.adapter.initial_rank_logit) == (6.0, 6.0)
     assert recipe.adapter.calibration_passes == 50
     assert (recipe.gates.warmup, recipe.gates.ramp, recipe.gates.fixed) == (0.25, 0.25, 0.25)
-    assert (recipe.gates.lambda_q, recipe.gates.lambda_r, recipe.gates.learning_rate) == (1e-3, 1e-3, "auto")
+    assert (recipe.gates.lambda_q, recipe.gates.lambda_r, recipe.gates.budget) == (None, None, None)
+    assert (recipe.gates.reference_bits, recipe.gates.scope, recipe.gates.learning_rate) == (16, "adapted", "auto")
     assert (recipe.training.seed, recipe.training.scheduler, recipe.training.weight_decay) == (42, "linear", 0)
     assert recipe.output is None
 
@@ -162,3 +163,14 @@ def test_every_task_and_method_that_is_listed_is_accepted():
 
 def test_quantizer_sites_are_those_that_records_know():
     assert QUANTIZER_SITES == SITES
+
+
+@pytest.mark.parametrize("budget", ["bops=0.25", ["bits=4", "rank=2.5"], None])
+def test_budgets_are_texts_of_their_own_form(budget):
+    assert Recipe.model_validate(SMALLEST | {"gates": {"budget": budget}}).gates.budget == budget
+
+
+@pytest.mark.parametrize("budget", ["bops", "flops=1", ["bits=4", "bits"], [], 4.0])
+def test_other_budgets_are_refused(budget):
+    with pytest.raises(ValidationError):
+        Recipe.model_validate(SMALLEST | {"gates": {"budget": budget}})

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from rankbits.errors import RecordError, RunFolderError
-from rankbits.records import RunRecord, recipe_hash, without_local_paths, write_atomically
+from rankbits.records import BudgetRecord, RunRecord, recipe_hash, without_local_paths, write_atomically
 
 RECIPE = {"name": "quickstart", "method": "bayesian-lora", "training": {"learning_rate": 1e-3, "epochs": 2}}
 
@@ -102,6 +102,28 @@ class TestMeans:
         assert _record().primary_score().metric == "accuracy"
 
 
+class TestWhatWasLearned:
+    def test_the_input_that_another_matrix_owns_is_counted_once(self) -> None:
+        own = _module("query", 8, input=8, weight=4)
+        reader = _module("key", 8, input=8, weight=2) | {"shared": {"input": "query", "weight": "query"}}
+        record = _record(modules=[own, reader, _module("dense", 8, input=2)])
+        assert record.mean_bits("input") == 5.0
+        assert record.mean_bits("weight") == 3.0, "a tied width belongs to a quantizer of its own"
+
+    def test_gates_of_another_matrix_decide_nothing_here(self) -> None:
+        probabilities = {"bit_open_probabilities": {"weight": [0.9, 0.5, 0.9, 0.9], "input": [0.1] * 4}}
+        ranks = {"rank_open_probabilities": [0.9, 0.5, 0.9], "rank_gate": "ste"}
+        fields = _module("key", 2, weight=4, input=2) | probabilities | ranks | {"shared": {"input": "query"}}
+        (module,) = _record(modules=[fields]).modules
+        decided = [(gate.site, gate.level, gate.is_open) for gate in module.deciding_gates()]
+        assert decided == [("rank", 2, True), ("rank", 3, False), ("weight", 4, True), ("weight", 8, False)]
+
+    def test_a_budget_says_whether_it_was_met(self) -> None:
+        given = {"quantity": "bits", "limit": 4.0, "reference_bits": 16}
+        met, exceeded = (BudgetRecord.model_validate(given | {"reached": reached}) for reached in (4.0, 4.01))
+        assert (met.text, met.is_met, exceeded.is_met) == ("bits=4", True, False)
+
+
 class TestWhatARecordHolds:
     def test_it_cannot_be_changed(self) -> None:
         with pytest.raises(ValidationError, match="frozen"):
@@ -128,6 +150,11 @@ class TestWhatARecordHolds:
             ("created", "2026-01-31T12:00:00+02:00", "UTC"),
             ("created", "yesterday", "isoformat"),
             ("data.fingerprint", "abc", "pattern"),
+            ("modules.0.bit_open_probabilities", {"weight": [1.1]}, "less than or equal to 1"),
+            ("modules.0.rank_open_probabilities", [-0.1], "greater than or equal to 0"),
+            ("modules.0.rank_gate", "soft", "'ste' or 'hard_concrete'"),
+            ("budgets", [{"quantity": "watts", "limit": 1.0, "reached": 1.0}], "'bops', 'bytes', 'bits' or 'rank'"),
+            ("budgets", [{"quantity": "bits", "limit": 0.0, "reached": 1.0}], "greater than 0"),
             ("recipe_hash", "0" * 64, "the recipe hashes to"),
             ("surprise", 1, "Extra inputs"),
         ],
@@ -192,6 +219,17 @@ class TestWriting:
         record.write(tmp_path / "record.json")
         assert RunRecord.read(tmp_path / "record.json") == record
 
+    def test_certainty_and_budgets_read_back(self, tmp_path: Path) -> None:
+        fields = _with("modules.0.bit_open_probabilities", {"weight": [0.9, 0.25, 0.0, 1.0]})
+        fields["modules"][0] |= {"rank_open_probabilities": [0.75], "rank_gate": "ste", "shared": {"weight": "b"}}
+        fields["budgets"] = [{"quantity": "bops", "limit": 0.25, "reference_bits": 32, "reached": 0.2375}]
+        record = RunRecord.model_validate(fields)
+        record.write(tmp_path / "record.json")
+        again = RunRecord.read(tmp_path / "record.json")
+        assert again == record
+        assert (again.schema_version, again.modules[0].rank_gate) == (3, "ste")
+        assert again.budgets[0].reference_bits == 32
+
     def test_only_the_record_is_left_in_the_folder(self, tmp_path: Path) -> None:
         _record().write(tmp_path / "record.json")
         assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
@@ -235,6 +273,12 @@ class TestWriting:
 
 
 class TestReading:
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_a_record_of_an_older_schema_has_no_certainty_and_no_budget(self, tmp_path: Path, version: int) -> None:
+        record = RunRecord.read(_stored(tmp_path, _fields() | {"schema_version": version}))
+        assert (record.schema_version, record.budgets) == (version, [])
+        assert record.modules[0].deciding_gates() == []
+
     @pytest.mark.parametrize(
         ("content", "reason"),
         [
@@ -246,7 +290,7 @@ class TestReading:
             ("{}", "schema_version: expected a whole number from 1, given None"),
             ({"schema_version": True}, "given True"),
             ({"schema_version": 0}, "given 0"),
-            ({"schema_version": 3}, "given 3, this rankbits reads up to 2; update rankbits"),
+            ({"schema_version": 4}, "given 4, this rankbits reads up to 3; update rankbits"),
         ],
     )
     def test_what_is_no_record_is_refused(self, tmp_path: Path, content: Any, reason: str) -> None:

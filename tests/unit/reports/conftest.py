@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from rankbits.records import (
+    BudgetRecord,
     CostRecord,
     CountOptions,
     DataRecord,
@@ -106,6 +107,28 @@ def _record(method: str, score: float, **changes: Any) -> RunRecord:
 @pytest.fixture(scope="session")
 def gated_run() -> RunRecord:
     return _record("bayesian-lora", 78.125)
+
+
+@pytest.fixture(scope="session")
+def certain_run(gated_run: RunRecord) -> RunRecord:
+    """The gated run as records are from schema version 3 on: two matrices with open probabilities, and two budgets.
+
+    Of the first, gates of W0 (0.9, 0.7, 0.1) and of ranks 2 and 3 (0.9, 0.9 x 0.6) decide; of the second W0's first
+    gate (0.6) alone, for its input's width is the first one's.
+    """
+    first, second = gated_run.modules[0], gated_run.modules[1]
+    learned = {"expected_rank": 2.6, "rank": 3, "rank_gate": "ste", "rank_open_probabilities": [0.9, 0.6, 0.5]}
+    learned |= {"bits": {"weight": 8, "input": 8}, "expected_bits": {"weight": 6.0, "input": 8.0}}
+    learned |= {"bit_open_probabilities": {"weight": [0.9, 0.7, 0.1, 0.9]}}
+    reader = {"bits": {"weight": 2, "input": 8}, "expected_bits": {"weight": 4.0, "input": 8.0}, "expected_rank": None}
+    reader |= {"bit_open_probabilities": {"weight": [0.6, 0.9, 0.9, 0.9], "input": [0.7, 0.7, 0.0, 0.0]}}
+    reader |= {"shared": {"input": first.name}}
+    budgets = [
+        BudgetRecord(quantity="bops", limit=0.25, reference_bits=32, reached=0.2375),
+        BudgetRecord(quantity="bits", limit=4.0, reached=4.125),
+    ]
+    modules = [first.model_copy(update=learned), second.model_copy(update=reader)]
+    return gated_run.model_copy(update={"modules": modules, "budgets": budgets})
 
 
 @pytest.fixture(scope="session")

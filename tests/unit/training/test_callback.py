@@ -1,5 +1,6 @@
 """The glue to the Trainer: what it refuses, what it warns about, what it logs."""
 
+import json
 import warnings
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ ARGS = SimpleNamespace(deepspeed=None, fsdp=[], fp16=False)
 
 
 def _state(step: int = 0, steps: int = 10) -> SimpleNamespace:
-    return SimpleNamespace(global_step=step, max_steps=steps, log_history=[])
+    return SimpleNamespace(global_step=step, max_steps=steps, log_history=[], stateful_callbacks={})
 
 
 def test_the_schedule_is_made_for_the_steps_of_the_trainer(adapted) -> None:
@@ -130,3 +131,33 @@ def test_means_by_site_are_those_of_the_layers_that_have_it(adapted) -> None:
     assert means["bits_up"] == 32.0
     assert means["bits_weight"] == pytest.approx((8 + 32 * (layers - 1)) / layers)
     assert means["bits_mean"] == pytest.approx((means["bits_up"] + means["bits_weight"]) / 2)
+
+
+def test_logs_say_where_each_budget_stands(adapted) -> None:
+    model = adapted()
+    callback = RankbitsCallback(budget=["bits=8", "rank=2"])
+    state = _state()
+    callback.on_train_begin(ARGS, state, None, model=model)
+    logs = {"loss": 1.0}
+    callback.on_log(ARGS, state, None, logs=logs, model=model)
+    assert (logs["budget_bits"], logs["budget_bits_target"], logs["mu_bits"]) == (32.0, 8.0, 0.0)
+    assert 31.0 < logs["budget_bits_expected"] < 32.0
+    assert (logs["budget_rank"], logs["budget_rank_target"], logs["mu_rank"]) == (4.0, 2.0, 0.0)
+
+
+def test_dual_variables_go_through_the_trainer_s_checkpoint(adapted) -> None:
+    first, state = RankbitsCallback(budget="bits=8", allocation="descent"), _state()
+    model = adapted()
+    first.on_train_begin(ARGS, state, None, model=model)
+    for step in range(1, 6):
+        state.global_step = step
+        first.on_optimizer_step(ARGS, state, None, model=model)
+    kept = SimpleNamespace(**json.loads(json.dumps(vars(state))))
+    second = RankbitsCallback(budget="bits=8", allocation="descent")
+    second.on_train_begin(ARGS, kept, None, model=model)
+    assert second.schedule.budgets() == first.schedule.budgets()
+    assert second.schedule.budgets()[0].mu > 1e-3
+    assert second.schedule.completed_steps == 5
+    other = RankbitsCallback(budget="bits=4", allocation="descent")
+    with pytest.raises(ScheduleError, match="the checkpoint's budgets are"):
+        other.on_train_begin(ARGS, kept, None, model=model)

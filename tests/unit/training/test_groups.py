@@ -99,6 +99,7 @@ def test_an_unknown_decay_is_refused(adapted) -> None:
         optimizer_and_scheduler(GateSchedule(adapted(), 10), learning_rate=1e-3, decay="polynomial")
 
 
+@pytest.mark.filterwarnings("ignore:.* has closed every gate")
 def test_gates_keep_their_bounds_under_their_own_rate(adapted, rows) -> None:
     model = adapted().train()
     schedule = GateSchedule(model, 20, lambda_q=1.0, lambda_r=1.0, phases=(0.0, 0.0, 0.25))
@@ -112,3 +113,15 @@ def test_gates_keep_their_bounds_under_their_own_rate(adapted, rows) -> None:
     logits = torch.cat([p.detach().flatten() for _, _, g in learning_adapters(model) for p in g.parameters()])
     assert float(logits.min()) >= -4.0
     assert float(logits.max()) <= 8.0
+
+
+def test_under_a_budget_gates_are_fast_enough_to_close_one_after_another(adapted) -> None:
+    schedule = GateSchedule(adapted(), 100, budget="bits=8", allocation="descent", phases=(0.25, 0.25, 0.25))
+    optimizer, _ = optimizer_and_scheduler(schedule, learning_rate=1e-3)
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates["gates"] == pytest.approx(6 * (1.5 - OPEN_LOGIT) / 50)
+    assert rates["rank_gates"] == pytest.approx((6.0 - OPEN_LOGIT) / 50)
+    both = GateSchedule(adapted(), 100, budget=["bits=8", "rank=2"], phases=(0.25, 0.25, 0.25))
+    assert "rank_gates" not in {
+        group["name"] for group in optimizer_and_scheduler(both, learning_rate=1e-3)[0].param_groups
+    }

@@ -7,7 +7,7 @@ from peft import get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from rankbits import BayesianLoraConfig, GateSchedule, regularization_loss
-from rankbits.training.objective import add_regularization_gradient, bit_penalty, mac_weights, rank_penalty
+from rankbits.training.objective import add_regularization_gradient, bit_penalty, rank_penalty, size_weights
 from rankbits.tuners.bayesian_lora import GatePhase, adapted_layers, learning_adapters
 
 SHIFT = 1.598597
@@ -61,7 +61,7 @@ def test_gradients_are_the_closed_form(adapted) -> None:
 
 
 def test_bit_operations_weight_the_penalty(adapted) -> None:
-    assert mac_weights([100, 25], 100).tolist() == [[4, 8, 16, 32], [1, 2, 4, 8]]
+    assert size_weights([100, 25], 100).tolist() == [[4, 8, 16, 32], [1, 2, 4, 8]]
     model = adapted(learn_rank=False)
     GateSchedule(model, 10, lambda_q=0.5, lambda_r=0.0, phases=AT_ONCE, weighting="bop")
     expected = 0.0
@@ -131,6 +131,7 @@ def test_the_loss_of_the_model_is_the_task_loss_alone(training) -> None:
     torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, labels))
 
 
+@pytest.mark.filterwarnings("ignore:.* has closed every gate")
 def test_penalty_alone_closes_every_gate(adapted) -> None:
     model = adapted()
     schedule = GateSchedule(model, 400, lambda_q=1.0, lambda_r=1.0, phases=AT_ONCE)
@@ -145,3 +146,30 @@ def test_penalty_alone_closes_every_gate(adapted) -> None:
         values = layer.gates_of("default").values(hard=True)
         assert not values.widths.any()
         assert values.ranks.tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_byte_weights_count_what_is_stored(adapted) -> None:
+    model = adapted(initial_bit_logit=2.0)
+    GateSchedule(model, 10, lambda_q=0.5, lambda_r=0.0, phases=AT_ONCE, weighting="byte")
+    open_ = torch.sigmoid(torch.tensor(2.0 + SHIFT)) ** torch.arange(1, 5)
+    per_number = float((open_ * torch.tensor([4.0, 8, 16, 32])).sum())
+    stored = sum(inputs * outputs + 4 * inputs + 4 + 4 * outputs for inputs, outputs in ((12, 10), (10, 6)))
+    assert float(regularization_loss(model).detach()) == pytest.approx(0.5 * stored / 120 * per_number, rel=1e-5)
+
+
+def test_the_pressure_of_a_budget_is_on_the_gates_own_probability(adapted) -> None:
+    model = adapted(initial_bit_logit=1.0, initial_rank_logit=2.0)
+    schedule = GateSchedule(model, 10, budget=["bits=8", "rank=2"], phases=(0.1, 0.1, 0.1))
+    schedule.step()
+    schedule.step()
+    assert regularization_loss(model).requires_grad
+    (layer, name, gates), _ = learning_adapters(model)
+    widths, ranks = layer.phase[name].pressure
+    assert bool((widths[:, :3] == 0.0).all())
+    assert bool((ranks[:2] == 0.0).all())
+    assert float(ranks[2]) > 0.0
+    grads = torch.autograd.grad(regularization_loss(model), [gates.bit_logits, gates.rank_logits])
+    slope = torch.sigmoid(gates.bit_logits + SHIFT)
+    assert torch.allclose(grads[0], widths * slope * (1.0 - slope), rtol=1e-4)
+    own = torch.sigmoid(gates.rank_logits)
+    assert torch.allclose(grads[1], ranks * own * (1.0 - own), rtol=1e-4)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rankbits import BayesianLoraConfig, GateSchedule, regularization_loss
-from rankbits.errors import ScheduleError
+from rankbits.errors import RankbitsWarning, ScheduleError
 from rankbits.training.schedule import penalty_fraction
 from rankbits.tuners.bayesian_lora import adapted_layers, learning_adapters
 
@@ -173,3 +173,37 @@ def test_the_steps_are_remembered_by_the_layers(adapted) -> None:
     schedule.step()
     assert [int(layer.bayesian_lora_steps["default"]) for _, layer in adapted_layers(model)] == [2, 2]
     assert any("bayesian_lora_steps" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize(("name", "form"), [("lambda_q", "bits=4"), ("lambda_r", "rank=2")])
+@torch.no_grad()
+def test_a_lambda_that_closed_every_gate_is_named_once_with_the_budget_to_use(adapted, name, form) -> None:
+    model = adapted()
+    schedule = GateSchedule(model, 8, **{name: 0.5}, phases=(0.25, 0.25, 0.25))
+    for _, _, gates in learning_adapters(model):
+        gates.bit_logits.fill_(-3.0)
+        gates.rank_logits.fill_(-3.0)
+    for _ in range(5):
+        schedule.step()
+    with pytest.warns(RankbitsWarning, match=f'{name} has closed every gate.*budget="{form}"'):
+        schedule.step()
+    schedule.step()  # a second warning would be an error
+
+
+@torch.no_grad()
+def test_one_open_gate_is_nothing_to_warn_about(adapted) -> None:
+    model = adapted()
+    schedule = GateSchedule(model, 4, lambda_q=0.5, lambda_r=0.5)
+    first = next(gates for _, _, gates in learning_adapters(model))
+    for _, _, gates in learning_adapters(model):
+        gates.bit_logits.fill_(-3.0)
+        gates.rank_logits.fill_(-3.0)
+    first.bit_logits[0, 0] = first.rank_logits[0] = 3.0
+    for _ in range(4):
+        schedule.step()
+
+
+@pytest.mark.parametrize(("key", "value"), [("weighting", "size"), ("reduction", "max")])
+def test_an_unknown_penalty_is_refused(adapted, key, value) -> None:
+    with pytest.raises(ScheduleError, match=f"{key}: given '{value}', expected one of"):
+        GateSchedule(adapted(), 4, **{key: value})

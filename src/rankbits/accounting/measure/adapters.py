@@ -15,6 +15,8 @@ from torch import nn
 from rankbits.accounting.measure.quantized import opaque_weight_bits
 from rankbits.errors import MergeError, ModelError
 from rankbits.tuners.bayesian_lora import BayesianLoraLinear, LayerSummary, adapted_layers, summarize
+from rankbits.tuners.bayesian_lora.config import Placement, Site
+from rankbits.tuners.bayesian_lora.reuse import Rounded
 from rankbits.tuners.linear import AdapterLinear
 
 _OPERANDS = {
@@ -39,11 +41,13 @@ class Learned:
         bits: width of each quantizer module, by its identity.
         ranks: rank of an adapter by (layer, adapter), where its layer multiplies more rows than it keeps.
         layers: (layer, adapter) to what Bayesian-LoRA learned there.
+        weights: width of base weights that hold a rounded sum of weight and update, by their identity.
     """
 
     bits: dict[int, int] = field(default_factory=dict)
     ranks: dict[tuple[str, str], int] = field(default_factory=dict)
     layers: dict[tuple[str, str], LayerSummary] = field(default_factory=dict)
+    weights: dict[int, int] = field(default_factory=dict)
 
 
 def bare(model: Any) -> nn.Module:
@@ -107,6 +111,42 @@ def active_adapters(layer: BaseTunerLayer) -> list[str]:
     return [name for name in layer.active_adapters if name in available]
 
 
+def acting_adapters(layer: BaseTunerLayer) -> list[str]:
+    """The adapters that run in a layer, and a merged one whose quantizers still do their work around the weight."""
+    if isinstance(layer, BayesianLoraLinear) and layer.merged:
+        return [name for name in layer.merged_adapters if rounds_sum(layer, name)]
+    return active_adapters(layer)
+
+
+def rounds_sum(layer: BaseTunerLayer, adapter: str) -> bool:
+    """Whether one quantizer rounds the sum of weight and update, so that the merged weight lies on its grid."""
+    return (
+        isinstance(layer, BayesianLoraLinear)
+        and layer.placement_of(adapter) is Placement.MERGED
+        and Site.WEIGHT in layer.effective_sites(adapter)
+    )
+
+
+def treat_as_merged(root: nn.Module) -> None:
+    """Let layers that round their sum run as they do once merged. No weight is written: only widths are of interest.
+
+    To be called where the attributes of modules are put back afterwards.
+    """
+    for _, layer in adapted_layers(root):
+        layer.merged_adapters = list(layer.merged_adapters) or [
+            n for n in active_adapters(layer) if rounds_sum(layer, n)
+        ]
+
+
+def forget_results(root: nn.Module) -> None:
+    """Drop weights that were rounded in an earlier pass: what is not made anew is not seen.
+
+    To be called where the attributes of modules are put back afterwards.
+    """
+    for _, layer in adapted_layers(root):
+        layer.rounded_weights = {name: Rounded() for name in layer.rounded_weights}
+
+
 def has_adapters(root: nn.Module) -> bool:
     """Whether anything runs beside the base model."""
     return has_virtual_tokens(root) or any(active_adapters(layer) for _, layer in tuner_layers(root))
@@ -147,8 +187,8 @@ def _why_layer(layer: BaseTunerLayer, active: list[str], *, exact: bool) -> str 
             layer.check_mergeable(active)
         except MergeError as error:
             return str(error)
-        quantizing = isinstance(layer, BayesianLoraLinear) and any(layer.quantizers_of(name) for name in active)
-        if quantizing and exact:
+        quantizing = isinstance(layer, BayesianLoraLinear) and any(layer.effective_sites(name) for name in active)
+        if quantizing and exact and not all(rounds_sum(layer, name) for name in active):
             return "its weights are quantized, and the merged weight lies on none of their grids"
     if type(layer).merge is BaseTunerLayer.merge:
         return f"{type(layer).__name__} has no merged form"
@@ -161,18 +201,20 @@ def _why_layer(layer: BaseTunerLayer, active: list[str], *, exact: bool) -> str 
 
 
 def learned(root: nn.Module) -> Learned:
-    """What the active adapters have learned, with the gates of inference whatever mode the model is in."""
+    """What the acting adapters have learned, with the gates of inference whatever mode the model is in."""
     found = Learned()
     layers = dict(adapted_layers(root))
-    adapters = sorted({name for layer in layers.values() for name in active_adapters(layer)})
+    adapters = sorted({name for layer in layers.values() for name in acting_adapters(layer)})
     for adapter in adapters:
         for entry in summarize(root, adapter):
             layer = layers[entry.name]
-            if adapter in active_adapters(layer):
+            if adapter in acting_adapters(layer):
                 found.layers[entry.name, adapter] = entry
                 found.ranks[entry.name, adapter] = entry.rank
                 quantizers = layer.quantizers_of(adapter)
                 found.bits.update({id(module): entry.bits.get(site, 32) for site, module in quantizers.items()})
+                if layer.merged:
+                    found.weights[id(layer.get_base_layer().weight)] = entry.bits[Site.WEIGHT.value]
     found.ranks.update(_pruned_ranks(root))
     return found
 

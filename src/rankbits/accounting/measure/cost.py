@@ -7,7 +7,16 @@ from typing import Any
 
 from torch import nn
 
-from rankbits.accounting.measure.adapters import Learned, bare, base_of, has_adapters, learned, why_unmergeable
+from rankbits.accounting.measure.adapters import (
+    Learned,
+    bare,
+    base_of,
+    forget_results,
+    has_adapters,
+    learned,
+    treat_as_merged,
+    why_unmergeable,
+)
 from rankbits.accounting.measure.asked import asked
 from rankbits.accounting.measure.given import copied
 from rankbits.accounting.measure.inputs import Feed, feeds
@@ -32,10 +41,14 @@ def cost(
     """Matrix products, element operations and weights of one forward pass, counted on the live model.
 
     The model runs in eval mode with the gates of inference, without its adapters for the reference and with them if
-    they are not merged; afterwards it is as it was, to the bit. What runs is what is counted: each product that torch
-    dispatches below autograd is one record, with the widths that quantizers give and 32 where nothing is known (16
-    for operands held in half precision). Layers that multiply more ranks than they keep are counted at the rank they
-    keep. MACs are batch x m x k x n; bit operations, MACs times both widths, follow van Baalen et al. 2020.
+    they are not merged. Layers whose quantizer rounds the sum of weight and update run as they do once merged, with
+    the widths of that sum and of their inputs, unless they are asked for unmerged: then the product that forms the
+    update is counted too. Afterwards the model is as it was, to the bit.
+
+    What runs is what is counted: each product that torch dispatches below autograd is one record, with the widths that
+    quantizers give and 32 where nothing is known (16 for operands held in half precision). Layers that multiply more
+    ranks than they keep are counted at the rank they keep. MACs are batch x m x k x n; bit operations, MACs times both
+    widths, follow van Baalen et al. 2020.
 
     With positions="cached" those products drop out that do not depend on the input, such as DeBERTa's position rows
     (He et al. 2021). The products of DoRA's weight norm do not depend on it either, but PEFT runs them at each call,
@@ -73,9 +86,12 @@ def cost(
         return feeds(base, settings) if inputs is None else [Feed(copied(inputs))]
 
     with untouched(root):
+        forget_results(root)
+        if settings.adapters == "merged":
+            treat_as_merged(root)
         state = learned(root)
         beside = settings.adapters == "unmerged" and has_adapters(root)
-        adapted = count_pass(root, state, calls(), adapters=True) if beside else None
+        adapted = count_pass(root, state, calls(), adapters=beside) if beside or state.weights else None
         reference = count_pass(base, Learned(), calls(), adapters=False)
         counted = adapted or reference
     settings = settings.model_copy(update={"head": counted.head(settings, options.get("head"))})

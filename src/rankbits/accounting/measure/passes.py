@@ -11,7 +11,7 @@ from torch import nn
 from rankbits.accounting.measure.adapters import Learned, adapter_parameters, run_adapters
 from rankbits.accounting.measure.inputs import INDEPENDENT, Feed
 from rankbits.accounting.measure.places import Places
-from rankbits.accounting.measure.provenance import Mark, Provenance, tensors_in
+from rankbits.accounting.measure.provenance import WIDEST, Mark, Provenance, tensors_in
 from rankbits.accounting.measure.recorder import Recorder
 from rankbits.accounting.measure.work import WorkSums
 from rankbits.errors import ModelError
@@ -123,7 +123,7 @@ def count_pass(root: nn.Module, state: Learned, feeds: Iterable[Feed], *, adapte
 
 
 def _watched(root: nn.Module, state: Learned, feed: Feed) -> Pass:
-    provenance = _marked(root)
+    provenance = _marked(root, state)
     places = Places(root, provenance, state.bits)
     recorder = Recorder(places, provenance, state.ranks)
     with places.followed(), recorder:
@@ -146,10 +146,11 @@ def _call(root: Callable[..., Any], provenance: Provenance, arguments: Mapping[s
     return root(**arguments)
 
 
-def _marked(root: nn.Module) -> Provenance:
-    """What is known before a pass: which tensors are parameters, and of what."""
+def _marked(root: nn.Module, state: Learned) -> Provenance:
+    """What is known before a pass: which tensors are parameters, of what, and which of them lie on a grid."""
     provenance, adapters = Provenance(), adapter_parameters(root)
     for name, parameter in root.named_parameters():
         operand = adapters[id(parameter)][0] if id(parameter) in adapters else "W0"
-        provenance.add_parameter(parameter, Mark(operand, weight=name))
+        bits = state.weights.get(id(parameter), WIDEST)
+        provenance.add_parameter(parameter, Mark(operand, bits, weight=name))
     return provenance

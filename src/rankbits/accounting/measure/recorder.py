@@ -42,8 +42,10 @@ _ADAPTER_OPS = {"A": "lora_down", "B": "lora_up", "M": "mora", "D": "adapter_dow
 _NAMES = {
     ("lora_down", "identity"): "dora_down",
     ("lora_up", "A^T"): "dora_up",
+    ("lora_down", "B"): "lora_merge",
 }
-"""DoRA pushes an identity matrix through A and B at each call, for the norm of the weight they make."""
+"""DoRA pushes an identity matrix through A and B at each call, for the norm of the weight they make; a quantizer of the
+sum of weight and update needs the update as a matrix."""
 
 
 class Recorder(TorchDispatchMode):

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from rankbits.accounting.measure.adapters import Learned, adapter_parameters
+from rankbits.accounting.measure.adapters import Learned, adapter_parameters, rounds_sum
 from rankbits.accounting.measure.places import base_name
 from rankbits.accounting.measure.provenance import WIDEST, dtype_bits
 from rankbits.accounting.measure.quantized import opaque_weight_bits, scale_count
@@ -32,11 +32,12 @@ def weight_records(root: nn.Module, learned: Learned, options: CountOptions) -> 
     Args:
         root: the model.
         learned: what its adapters have learned.
-        options: merged adapters leave nothing but their layer's weight, which lies on no grid; look-up tables are
-            listed only with embeddings "in", but a head that shares one's weight needs it even without.
+        options: merged adapters leave nothing but their layer's weight, which lies on no grid unless it is a rounded
+            sum, and ranges of activations around it; look-up tables are listed only with embeddings "in", but a head
+            that shares one's weight needs it even without.
     """
     merged = options.adapters == "merged"
-    narrow = {} if merged else _base_weight_bits(root, learned)
+    narrow = _narrow_weights(root, learned, merged=merged)
     adapters, unused = adapter_parameters(root), _unused(root)
     elsewhere = _tied_tables(root) if options.embeddings == "out" else set()
     found: list[WeightRecord] = []
@@ -53,9 +54,11 @@ def weight_records(root: nn.Module, learned: Learned, options: CountOptions) -> 
                 found.append(_base_record(name, module, last, narrow.get(id(parameter))))
             elif adapters[id(parameter)][2] and not merged:
                 found.append(_adapter_record(root, name, parameter, adapters[id(parameter)]))
-    if not merged:
-        for (layer, adapter), entry in learned.layers.items():
-            found += _learned_records(root.get_submodule(layer), base_name(layer), adapter, entry)
+    for (name, adapter), entry in learned.layers.items():
+        layer = _bayesian(root, name)
+        if not (merged or layer.merged):
+            found += _factor_records(layer, base_name(name), adapter, entry)
+        found += _range_records(layer, base_name(name), adapter, merged=merged or layer.merged)
     return [record for record in found if record.operand != "table" or options.embeddings == "in"]
 
 
@@ -97,17 +100,27 @@ def _unused(root: nn.Module) -> set[int]:
     return found
 
 
-def _base_weight_bits(root: nn.Module, learned: Learned) -> dict[int, int]:
-    """Widths of base weights that have a quantizer, by their identity."""
+def _bayesian(root: nn.Module, name: str) -> BayesianLoraLinear:
+    layer = root.get_submodule(name)
+    assert isinstance(layer, BayesianLoraLinear)
+    return layer
+
+
+def _narrow_weights(root: nn.Module, learned: Learned, *, merged: bool) -> dict[int, tuple[int, int]]:
+    """Width and number of ranges of base weights that lie on a grid, by their identity.
+
+    Beside an update that is rounded by itself W0 does; a sum does once it is merged.
+    """
     found = {}
-    for (name, _), entry in learned.layers.items():
-        layer = root.get_submodule(name)
-        if "weight" in entry.bits and isinstance(layer, BaseTunerLayer):
-            found[id(layer.get_base_layer().weight)] = entry.bits["weight"]
+    for (name, adapter), entry in learned.layers.items():
+        layer = _bayesian(root, name)
+        if "weight" in entry.bits and rounds_sum(layer, adapter) == (merged or layer.merged):
+            quantizer = layer.quantizers_of(adapter)["weight"]
+            found[id(layer.get_base_layer().weight)] = entry.bits["weight"], quantizer.range_count
     return found
 
 
-def _base_record(name: str, module: nn.Module, last: str, narrow: int | None) -> WeightRecord:
+def _base_record(name: str, module: nn.Module, last: str, narrow: tuple[int, int] | None) -> WeightRecord:
     parameter = module._parameters[last]
     assert parameter is not None
     elements, bits, scales = parameter.numel(), dtype_bits(parameter), 0
@@ -115,7 +128,7 @@ def _base_record(name: str, module: nn.Module, last: str, narrow: int | None) ->
     if packed is not None:
         elements, bits, scales = int(module.in_features) * int(module.out_features), packed, scale_count(module)  # type: ignore[arg-type]
     if narrow is not None:
-        bits, scales = narrow, 1
+        bits, scales = narrow
     return WeightRecord(
         module=base_name(name),
         operand=_operand(module, last, parameter.dim()),
@@ -154,9 +167,8 @@ def _adapter_record(root: nn.Module, name: str, parameter: nn.Parameter, known: 
     )
 
 
-def _learned_records(layer: nn.Module, name: str, adapter: str, entry: LayerSummary) -> Iterator[WeightRecord]:
-    """A, E and B at their hard rank, and the ranges of quantizers of activations."""
-    assert isinstance(layer, BayesianLoraLinear)
+def _factor_records(layer: BayesianLoraLinear, name: str, adapter: str, entry: LayerSummary) -> Iterator[WeightRecord]:
+    """A, E and B at their hard rank."""
     sizes = {
         "A": ("down", entry.rank * layer.in_features),
         "E": ("diagonal", entry.rank),
@@ -172,6 +184,15 @@ def _learned_records(layer: nn.Module, name: str, adapter: str, entry: LayerSumm
             scales=int(site in entry.bits),
             adapter=adapter,
         )
-    ranges = sum(site.value in entry.bits for site in ACTIVATION_SITES)
+
+
+def _range_records(layer: BayesianLoraLinear, name: str, adapter: str, *, merged: bool) -> Iterator[WeightRecord]:
+    """Ranges that come with no packed weight: of the layer's own activations, and of a sum rounded at each call."""
+    quantizers = layer.quantizers_of(adapter)
+    if merged and not rounds_sum(layer, adapter):
+        return
+    ranges = sum(quantizers[site].range_count for site in ACTIVATION_SITES if site.value in quantizers)
+    if rounds_sum(layer, adapter) and not merged:
+        ranges += quantizers["weight"].range_count
     if ranges:
-        yield WeightRecord(module=name, operand="ranges", elements=ranges, adapter=adapter)
+        yield WeightRecord(module=name, operand="ranges", elements=ranges, adapter=None if merged else adapter)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from rankbits.records import RunRecord
 from rankbits.reports.figures.bits import bits_by_matrix, bits_by_quantizer, bits_by_run
 from rankbits.reports.figures.breakdown import cost_by_product
+from rankbits.reports.figures.certainty import certainty
 from rankbits.reports.figures.figure import Figure, Runs
 from rankbits.reports.figures.ranks import ranks
 from rankbits.reports.figures.tradeoff import score_by_bops, score_by_bytes
@@ -17,8 +18,8 @@ from rankbits.reports.tables import labels
 __all__ = ["Figure", "ReportFigures", "report_figures"]
 
 Maker = Callable[[Runs], Figure | None]
-OF_ONE: tuple[Maker, ...] = (ranks, bits_by_quantizer, bits_by_matrix, training, cost_by_product)
-OF_EACH: tuple[Maker, ...] = (bits_by_quantizer, bits_by_matrix, training)
+OF_ONE: tuple[Maker, ...] = (ranks, bits_by_quantizer, bits_by_matrix, certainty, training, cost_by_product)
+OF_EACH: tuple[Maker, ...] = (bits_by_quantizer, bits_by_matrix, certainty, training)
 OF_SEVERAL: tuple[Maker, ...] = (score_by_bops, score_by_bytes, ranks, bits_by_run, training, cost_by_product)
 """What stands in the comparison, ranks and costs, is not drawn again for each of its runs."""
 

@@ -7,6 +7,7 @@ from functools import partial
 
 from rankbits.records import CostRecord
 from rankbits.records.costs import REFERENCES
+from rankbits.records.metrics import lower_is_better, unit
 from rankbits.reports.costs import breakdown, comparison_notes, shares_reference, si
 from rankbits.reports.figures.figure import Cell, Figure, Runs
 from rankbits.reports.figures.legend import marked
@@ -97,7 +98,9 @@ def _panels(runs: Runs, places: Mapping[str, tuple[float, float | None]]) -> lis
             Point(label, record.primary_score().value, *places[name], key=keys[record.method])
             for name, label, record in zip(held, labels(records), records, strict=True)
         ]
-        panels.append(Panel(f"{task}, {split}", f"{metric}, %", points))
+        less = ", less is better" if lower_is_better(metric) else ""
+        measured = "%" if unit(metric) == "percent" else unit(metric)
+        panels.append(Panel(f"{task}, {split}", f"{metric}, {measured}{less}", points))
     return panels
 
 

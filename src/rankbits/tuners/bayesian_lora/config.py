@@ -9,6 +9,7 @@ from enum import Enum
 from peft import PeftConfig
 
 from rankbits.gates.hard_concrete import OPEN_LOGIT
+from rankbits.quant.grid import Granularity, RangeLayout
 from rankbits.tuners.peft_type import RankbitsPeftType
 
 
@@ -27,6 +28,23 @@ class Site(str, Enum):
 
 PAPER_SITES = tuple(site for site in Site if site is not Site.INPUT)
 """The seven quantizers of the paper: W0, A, E, B and the outputs of A, of E and of the block."""
+
+
+MERGED_SITES = (Site.WEIGHT, Site.OUTPUT, Site.INPUT)
+"""The quantizers of a layer whose update lies inside the quantized weight."""
+
+
+class Placement(str, Enum):
+    """What the quantizer of the weight rounds: W0 beside a quantized update (the paper), or the sum of both."""
+
+    SEPARATE = "separate"
+    MERGED = "merged"
+
+
+class GroupTie(str, Enum):
+    """Which weights share one width: those that serving engines fuse into one matrix (q, k, v; gate and up)."""
+
+    FUSED = "fused"
 
 
 class RankGate(str, Enum):
@@ -70,7 +88,19 @@ class BayesianLoraConfig(PeftConfig):
         learn_bits: learn the bit width of each quantizer; False switches all quantizers off.
         learn_rank: learn the rank of each layer; False keeps r.
         rank_gate: "ste" (Alg. 1) or "hard_concrete" (Eqs. 12-13).
-        quantizers: tensors to quantize, names of `Site`; None means the paper's seven. "input" is optional.
+        quantizers: tensors to quantize, names of `Site`; None means the paper's seven, or weight and input where the
+            placement is merged.
+        placement: "separate" rounds W0 and the factors of the update, each on its own grid (Alg. 1); "merged" rounds
+            the sum W0 + s B E A on one grid, so that merging is exact and the update can repair the rounding of W0.
+        granularity: which elements of the weight share a range: "tensor", "channel" (a row) or "group" (consecutive
+            inputs of a row). Factors of the update and activations have one range each.
+        group_size: elements of a group; it has to divide the inputs of every adapted layer.
+        share_inputs: one quantizer for the input of layers that read the same tensor (q, k, v; gate and up).
+        tie_groups: "fused" gives such layers one weight width, too, which fused serving kernels need.
+        weight_gradient_rows: rows of a batch, drawn at random, from which the gradient of the weight's gates and ranges
+            is estimated without bias; None takes all rows. The factors of the update always learn from all rows.
+        sampled_share: share of the quantizers, drawn anew in each pass, whose width gates are sampled, in (0, 1]; the
+            others stand as at inference. With 1 (the paper) all are noisy at once, and each hides what the others do.
         calibration_passes: training passes that only record ranges.
         initial_bit_logit: start of all bit-width gates; all must be open.
         initial_rank_logit: start of all rank gates; all r ranks must be open.
@@ -95,6 +125,13 @@ class BayesianLoraConfig(PeftConfig):
     learn_rank: bool = field(default=True, metadata={"help": "learn ranks"})
     rank_gate: str = field(default="ste", metadata={"help": "'ste' or 'hard_concrete'"})
     quantizers: list[str] | None = field(default=None, metadata={"help": "tensors that have a quantizer"})
+    placement: str = field(default="separate", metadata={"help": "'separate' or 'merged'"})
+    granularity: str = field(default="tensor", metadata={"help": "'tensor', 'channel' or 'group'"})
+    group_size: int = field(default=64, metadata={"help": "weights of a group that share a range"})
+    share_inputs: bool = field(default=True, metadata={"help": "one quantizer for an input that several layers read"})
+    tie_groups: str | None = field(default=None, metadata={"help": "'fused' or None"})
+    weight_gradient_rows: int | None = field(default=None, metadata={"help": "rows for the weight's gate gradient"})
+    sampled_share: float = field(default=1.0, metadata={"help": "share of the quantizers that are sampled in a pass"})
     calibration_passes: int = field(default=50, metadata={"help": "training passes that only record ranges"})
     initial_bit_logit: float = field(default=6.0, metadata={"help": "start of the bit-width gates"})
     initial_rank_logit: float = field(default=6.0, metadata={"help": "start of the rank gates"})
@@ -124,6 +161,14 @@ class BayesianLoraConfig(PeftConfig):
             problems.append(f"`dropout` must be in [0, 1), got {self.dropout}")
         if self.calibration_passes < 0:
             problems.append(f"`calibration_passes` must be >= 0, got {self.calibration_passes}")
+        if self.group_size < 1:
+            problems.append(f"`group_size` must be a positive integer, got {self.group_size}")
+        if self.weight_gradient_rows is not None and self.weight_gradient_rows < 1:
+            problems.append(
+                f"`weight_gradient_rows` must be a positive integer or None, got {self.weight_gradient_rows}"
+            )
+        if not 0.0 < self.sampled_share <= 1.0:
+            problems.append(f"`sampled_share` must be in (0, 1], got {self.sampled_share}")
         if self.initial_bit_logit <= OPEN_LOGIT:
             problems.append(
                 f"`initial_bit_logit` must exceed {OPEN_LOGIT:.4f}, where gates open, got {self.initial_bit_logit}"
@@ -142,13 +187,34 @@ class BayesianLoraConfig(PeftConfig):
             )
         if self.init_weights not in (True, False, Start.LORA.value, Start.ADALORA.value):
             problems.append(f"`init_weights` must be True, False, 'lora' or 'adalora', got {self.init_weights!r}")
-        sites = [site.value for site in Site]
-        unknown = sorted(set(self.quantizers or ()) - set(sites))
-        if unknown:
-            problems.append(f"`quantizers` has unknown names {unknown}; known are {sites}")
+        problems.extend(self._placement_problems())
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append("`layers_pattern` needs `layers_to_transform`")
         return problems
+
+    def _placement_problems(self) -> list[str]:
+        problems = []
+        for name, kind in (("placement", Placement), ("granularity", Granularity), ("tie_groups", GroupTie)):
+            value, known = getattr(self, name), [member.value for member in kind]
+            if value not in known and not (name == "tie_groups" and value is None):
+                problems.append(f"`{name}` must be one of {known}, got {value!r}")
+        merged = self.placement == Placement.MERGED.value
+        sites = [site.value for site in (MERGED_SITES if merged else Site)]
+        unknown = sorted(set(self.quantizers or ()) - set(sites))
+        if unknown:
+            where = " with placement='merged', which has no factors beside the weight" if merged else ""
+            problems.append(f"`quantizers` has unknown names {unknown}; known are {sites}{where}")
+        if merged and self.dropout:
+            problems.append(
+                f"`dropout`={self.dropout} has no place with placement='merged', where the update is part of the "
+                "weight: use dropout=0.0, or placement='separate'"
+            )
+        return problems
+
+    @property
+    def range_layout(self) -> RangeLayout:
+        """Which elements of the weight share a range."""
+        return RangeLayout(Granularity(self.granularity), self.group_size)
 
     @property
     def hardened(self) -> bool:
@@ -166,7 +232,7 @@ class BayesianLoraConfig(PeftConfig):
         if not self.learn_bits:
             return ()
         if self.quantizers is None:
-            return PAPER_SITES
+            return (Site.WEIGHT, Site.INPUT) if self.placement == Placement.MERGED.value else PAPER_SITES
         return tuple(site for site in Site if site.value in self.quantizers)
 
 

@@ -108,6 +108,6 @@ def _harden_layer(layer: BayesianLoraLinear, adapter_name: str, summary: LayerSu
 
 
 def _fix(quantizer: Quantizer, width: int) -> FixedQuantizer:
-    fixed = FixedQuantizer(width, signed=quantizer.is_signed)
+    fixed = FixedQuantizer(width, signed=quantizer.is_signed, layout=quantizer.layout, shape=quantizer.shape)
     fixed.fixed_range = quantizer.range_.detach().clone()
     return fixed

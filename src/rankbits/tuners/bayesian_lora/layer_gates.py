@@ -28,8 +28,26 @@ class GateValues:
     hard: bool
 
 
+def _widths(logits: Tensor, *, hard: bool, share: float) -> Tensor:
+    """Values of width gates, of the shape of their logits: chained bool, or a `share` of the chains sampled."""
+    standing = chain.hard(hard_concrete.is_open(logits))
+    if hard:
+        return standing
+    sampled = hard_concrete.sample(logits, hard_concrete.draw_noise(tuple(logits.shape), device=logits.device))
+    if share >= 1.0:
+        return sampled
+    chosen = torch.rand((*logits.shape[:-1], 1), device=logits.device) < share
+    # As many times more gradient as it comes less often: its mean keeps its proportion to the penalty.
+    value = sampled.detach()
+    return torch.where(chosen, value + (sampled - value) / share, standing.to(logits.dtype))
+
+
 class LayerGates(Float32State):
     """Logits of the width gates of all quantizers of a layer, and of the gates of all ranks but the first.
+
+    While it `measures`, nothing is sampled and the squared gradients of the loss by the width gates are summed up in
+    `evidence` [sites, 4]. Times half the number of examples in a batch their mean is, to second order with the
+    empirical Fisher information in place of the Hessian, what closing a gate costs in the loss.
 
     Args:
         sites: number of quantizers; 0 if bits are not learned.
@@ -37,27 +55,69 @@ class LayerGates(Float32State):
         rank_gate: how rank gates get their values.
         initial_bit_logit: start of all width gates.
         initial_rank_logit: start of all rank gates.
+        sampled_share: share of the quantizers, drawn anew in each pass, whose width gates are sampled; the others stand
+            as at inference.
     """
 
+    evidence: Tensor
+
     def __init__(
-        self, sites: int, rank: int | None, rank_gate: RankGate, *, initial_bit_logit: float, initial_rank_logit: float
+        self,
+        sites: int,
+        rank: int | None,
+        rank_gate: RankGate,
+        *,
+        initial_bit_logit: float,
+        initial_rank_logit: float,
+        sampled_share: float = 1.0,
     ) -> None:
         super().__init__()
         self.rank_gate = rank_gate
+        self.sampled_share = sampled_share
+        self.measures = False
         widths = (sites, len(GATED_WIDTHS))
         self.bit_logits = nn.Parameter(torch.full(widths, initial_bit_logit)) if sites else None
         self.rank_logits = nn.Parameter(torch.full((rank - 1,), initial_rank_logit)) if rank is not None else None
+        self.register_buffer("evidence", torch.zeros(widths))
 
     def values(self, *, hard: bool) -> GateValues:
         """Gate values of one pass; noise, where there is any, is drawn from the default generator."""
         if self.bit_logits is None:
             widths = torch.empty(0, len(GATED_WIDTHS))
-        elif hard:
-            widths = chain.hard(hard_concrete.is_open(self.bit_logits))
+        elif self.measures and not hard:
+            widths = self._measured(slice(None))
         else:
-            noise = hard_concrete.draw_noise(tuple(self.bit_logits.shape), device=self.bit_logits.device)
-            widths = hard_concrete.sample(self.bit_logits, noise)
+            widths = _widths(self.bit_logits, hard=hard, share=self.sampled_share)
         return GateValues(widths, self._ranks(hard=hard), hard)
+
+    def widths_of(self, row: int, *, hard: bool) -> Tensor:
+        """[4] values of the width gates of one quantizer, with noise of their own: for layers that share them."""
+        if self.bit_logits is None:
+            raise IndexError(f"no width gates, so no row {row}")
+        if self.measures and not hard:
+            return self._measured(row)
+        return _widths(self.bit_logits[row], hard=hard, share=self.sampled_share)
+
+    def _measured(self, rows: slice | int) -> Tensor:
+        """The gates of inference, as numbers whose squared gradients are added to the evidence in the backward pass."""
+        assert self.bit_logits is not None
+        standing = chain.hard(hard_concrete.is_open(self.bit_logits.detach()[rows]))
+        values = standing.to(torch.float32).requires_grad_(torch.is_grad_enabled())
+        if values.requires_grad:
+            values.register_hook(lambda gradient: self._note(rows, gradient))
+        return values
+
+    @torch.no_grad()
+    def _note(self, rows: slice | int, gradient: Tensor) -> None:
+        self.evidence[rows] += gradient.square()
+
+    def without_row(self, row: int) -> None:
+        """Drop the width gates of one quantizer, which another layer decides about; before training alone."""
+        if self.bit_logits is None:
+            raise IndexError(f"no width gates, so no row {row}")
+        rest = torch.cat([self.bit_logits[:row], self.bit_logits[row + 1 :]]).detach()
+        self.bit_logits = nn.Parameter(rest, requires_grad=self.bit_logits.requires_grad) if len(rest) else None
+        self.evidence = torch.cat([self.evidence[:row], self.evidence[row + 1 :]])
 
     def _ranks(self, *, hard: bool) -> Tensor | None:
         if self.rank_logits is None:

@@ -115,3 +115,26 @@ def test_gates_keep_float32_when_the_model_is_cast() -> None:
     for dtype in (torch.bfloat16, torch.float64):
         gates.to(dtype)
         assert {p.dtype for p in gates.parameters()} == {torch.float32}
+
+
+def test_a_share_of_the_quantizers_is_sampled_and_the_others_stand_as_at_inference() -> None:
+    gates = LayerGates(
+        400, None, RankGate.STRAIGHT_THROUGH, initial_bit_logit=0.0, initial_rank_logit=6.0, sampled_share=0.25
+    )
+    with torch.no_grad():
+        gates.bit_logits[:, 2:] = -2.0
+    widths = gates.values(hard=False).widths
+    standing = (widths == torch.tensor([1.0, 1.0, 0.0, 0.0])).all(dim=1)
+    assert 0.65 < standing.float().mean().item() < 0.85
+
+
+def test_the_mean_gradient_of_a_sampled_share_is_that_of_sampling_all() -> None:
+    def mean_gradient(share: float) -> float:
+        torch.manual_seed(0)
+        gates = LayerGates(
+            40_000, None, RankGate.STRAIGHT_THROUGH, initial_bit_logit=0.5, initial_rank_logit=6.0, sampled_share=share
+        )
+        gates.values(hard=False).widths.sum().backward()
+        return gates.bit_logits.grad.mean().item()
+
+    assert mean_gradient(0.2) == pytest.approx(mean_gradient(1.0), rel=0.05)

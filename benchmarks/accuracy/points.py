@@ -1,0 +1,218 @@
+"""The points of the study, in the order in which they are run: what is trained on what, with which settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+TARGETS = r".*encoder\.layer\..*(query|key|value|dense)"
+"""The six linear layers of every block of the encoder; neither pooler nor classifier, which are trained in full."""
+RECIPES = {task: f"glue/minilm/{task}" for task in ("stsb", "mrpc", "sst2", "cola", "rte")}
+"""The shipped recipe that each task starts from; a decoder's tasks would stand here too, with work of their own."""
+EPOCHS = {"stsb": 3, "mrpc": 4, "sst2": 1.5, "cola": 3, "rte": 5}
+ROWS = {"sst2": 10_000}
+SEEDS = (42, 43, 44)
+FIRST_SEED = SEEDS[0]
+MAIN_TASKS = ("stsb", "mrpc", "sst2")
+CURVE_TASKS = ("stsb", "mrpc")
+ONE_SEED_TASKS = ("cola", "rte")
+BUDGETS = (0.5, 0.25, 0.1875, 0.125, 0.09375, 0.0625)
+"""Bit operations of the adapted layers as a share of their 16-bit reference; a quarter of it is of the 32-bit one."""
+CLAIMED = (0.25, 0.125)
+VARIANTS = ("q", "q-ra")
+PLACEMENTS = ("separate", "merged")
+DEFAULT_PLACEMENT = "merged"
+GROUP_SIZE = 64
+
+LEARNING_RATES = ("5e-4", "1e-3", "2e-3")
+LEARNING_RATE = "1e-3"
+"""For every task and method; `--table` shows what it was chosen on."""
+ADALORA_RATES = ("1e-3", "2e-3", "5e-3")
+ADALORA_RATE = "2e-3"
+"""AdaLoRA's own, chosen in the same way: its start learns more slowly at LoRA's rate."""
+
+WORK = (
+    "task.max_length=128",
+    f"adapter.targets={TARGETS}",
+    "adapter.r=8",
+    "adapter.alpha=16",
+    "training.batch_size=32",
+    "training.group_by_length=true",
+    "training.warmup_ratio=0.06",
+    "training.scheduler=linear",
+)
+RECIPE = (
+    "adapter.weight_gradient_rows=256",
+    "gates.warmup=0.2",
+    "gates.range_learning_rate=0.01",
+)
+"""What our points share beside sites and budget: widths are chosen after a fifth of the steps."""
+SITES = {"merged": "[weight,input]", "separate": "[weight,down,diagonal,up,input]"}
+"""Q_out is left out: the next layer's input quantizer rounds what this one writes."""
+PAPER = (
+    "adapter.targets=[query,key,value]",
+    "gates.lambda_q=1",
+    "gates.lambda_r=1",
+    "gates.warmup=0",
+    "gates.ramp=0",
+    "gates.fixed=0",
+    "gates.reduction=sum",
+)
+
+
+class Kind(str, Enum):
+    """How a point is worked out."""
+
+    RECIPE = "recipe"
+    FIXED = "fixed"
+    ADALORA = "adalora"
+    ROUNDED = "rounded"
+    FOREIGN = "foreign"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One result of the study.
+
+    Args:
+        task: name of a GLUE task.
+        label: the method as tables and file names call it.
+        seed: of training; for points made from another point, of that one.
+        kind: how it is worked out.
+        changes: what the recipe is changed to.
+        widths: (bits of weights, bits of inputs) of all layers, for uniform fixed gates.
+        source: name of the point whose adapter is rounded, or whose widths are permuted.
+    """
+
+    task: str
+    label: str
+    seed: int
+    kind: Kind = Kind.RECIPE
+    changes: tuple[str, ...] = ()
+    widths: tuple[int, int] | None = None
+    source: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of its file of results, without the extension."""
+        return f"{self.task}-{self.label}-seed{self.seed}"
+
+    @property
+    def recipe(self) -> str:
+        """The shipped recipe it starts from."""
+        return RECIPES[self.task]
+
+
+def work(task: str, seed: int, *, rate: str = LEARNING_RATE) -> tuple[str, ...]:
+    """What all methods share on one task: modules, rank, rows, order of rows, steps and learning rate."""
+    rows = (f"task.train_rows={ROWS[task]}",) if task in ROWS else ()
+    lengths = (f"training.epochs={EPOCHS[task]}", f"training.learning_rate={rate}", f"training.seed={seed}")
+    return (*WORK, *rows, *lengths)
+
+
+def lora(task: str, seed: int) -> Point:
+    """Plain LoRA."""
+    return Point(task, "lora", seed, changes=("method=lora", *work(task, seed)))
+
+
+def ours(placement: str, granularity: str = "group") -> tuple[str, ...]:
+    """What learned and fixed gates share in one placement."""
+    grid = (f"adapter.granularity={granularity}", f"adapter.quantizers={SITES[placement]}")
+    size = (f"adapter.group_size={GROUP_SIZE}",) if granularity == "group" else ()
+    return ("method=bayesian-lora", f"adapter.placement={placement}", *grid, *size, *RECIPE)
+
+
+def learned(task: str, variant: str, placement: str, budget: float, seed: int) -> Point:
+    """Learned widths, with or without learned ranks, under a budget of bit operations."""
+    ranks = () if variant == "q-ra" else ("adapter.learn_rank=false",)
+    changes = (*ours(placement), *ranks, f"gates.budget=bops={budget:g}", *work(task, seed))
+    return Point(task, f"{variant}-{placement}-bops{budget:g}", seed, changes=changes)
+
+
+def uniform(task: str, widths: tuple[int, int], granularity: str, seed: int) -> Point:
+    """The same quantizers with gates that stand still at one width for all layers: quantization-aware LoRA."""
+    label = f"uniform-w{widths[0]}a{widths[1]}-{granularity}"
+    changes = (*ours(DEFAULT_PLACEMENT, granularity), "adapter.learn_rank=false", *work(task, seed))
+    return Point(task, label, seed, Kind.FIXED, changes, widths=widths)
+
+
+def permuted(task: str, budget: float, seed: int) -> Point:
+    """Learned widths and ranks, dealt out to other layers at the same cost and trained with fixed gates."""
+    source = learned(task, "q-ra", DEFAULT_PLACEMENT, budget, seed)
+    changes = (*ours(DEFAULT_PLACEMENT), *work(task, seed))
+    return Point(task, f"permuted-bops{budget:g}", seed, Kind.FIXED, changes, source=source.name)
+
+
+def rounded(task: str, seed: int) -> Point:
+    """LoRA merged and rounded after training, by several schemes."""
+    return Point(task, "rounded", seed, Kind.ROUNDED, source=lora(task, seed).name)
+
+
+def foreign(task: str, seed: int) -> Point:
+    """The same by torchao, with its own activations: rounded afresh for every token."""
+    return Point(task, "torchao", seed, Kind.FOREIGN, source=lora(task, seed).name)
+
+
+def adalora(task: str, seed: int, rate: str = ADALORA_RATE) -> Point:
+    """AdaLoRA at LoRA's scale and mean rank."""
+    return Point(task, "adalora", seed, Kind.ADALORA, ("method=lora", *work(task, seed, rate=rate)))
+
+
+def paper(task: str, seed: int) -> Point:
+    """The letter of the paper: query, key and value, seven quantizers, full penalty from the first step."""
+    changes = ("method=bayesian-lora", *work(task, seed), *PAPER)
+    return Point(task, "paper", seed, changes=changes)
+
+
+def rate_choices() -> list[Point]:
+    """Learning rates tried on a slice of the training rows that is held out; validation is not read."""
+    held_out = "task.evaluate_on=development"
+    tried = [
+        Point(
+            task,
+            f"lora-development-lr{rate}",
+            FIRST_SEED,
+            changes=("method=lora", *work(task, FIRST_SEED, rate=rate), held_out),
+        )
+        for task in CURVE_TASKS
+        for rate in LEARNING_RATES
+    ]
+    adaptive = [
+        Point(
+            "stsb",
+            f"adalora-development-lr{rate}",
+            FIRST_SEED,
+            Kind.ADALORA,
+            ("method=lora", *work("stsb", FIRST_SEED, rate=rate), held_out),
+        )
+        for rate in ADALORA_RATES
+    ]
+    return [*tried, *adaptive]
+
+
+def _seeded() -> list[tuple[str, int]]:
+    """(task, seed) of the claims: three seeds of the main tasks seed by seed, then one of the others."""
+    return [(t, s) for s in SEEDS for t in MAIN_TASKS] + [(t, FIRST_SEED) for t in ONE_SEED_TASKS]
+
+
+def _all() -> list[Point]:
+    seeded = _seeded()
+    points = [*rate_choices(), *(lora(t, s) for t, s in seeded), *(rounded(t, s) for t, s in seeded)]
+    points += [learned(t, "q-ra", DEFAULT_PLACEMENT, b, s) for b in CLAIMED for t, s in seeded]
+    points += [
+        learned(t, v, p, b, FIRST_SEED)
+        for p in PLACEMENTS[::-1]
+        for v in VARIANTS[::-1]
+        for b in BUDGETS
+        for t in CURVE_TASKS
+    ]
+    points += [uniform(t, (4, 8), "group", s) for s in SEEDS for t in CURVE_TASKS]
+    points += [permuted(t, 0.125, s) for s in SEEDS for t in CURVE_TASKS]
+    points += [uniform(t, w, "group", FIRST_SEED) for w in ((8, 8), (2, 8), (4, 4)) for t in CURVE_TASKS]
+    points += [adalora(t, s) for s in SEEDS for t in CURVE_TASKS]
+    points += [paper(t, FIRST_SEED) for t in CURVE_TASKS]
+    points += [foreign(t, FIRST_SEED) for t in CURVE_TASKS]
+    return list({point.name: point for point in points}.values())
+
+
+POINTS = _all()

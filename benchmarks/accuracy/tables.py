@@ -1,0 +1,270 @@
+"""The tables of the study, one a question, from what is in results/ and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from outcomes import Outcome, Sample, interval, outcome, rounded, spread
+from points import (
+    BUDGETS,
+    CLAIMED,
+    CURVE_TASKS,
+    DEFAULT_PLACEMENT,
+    FIRST_SEED,
+    MAIN_TASKS,
+    ONE_SEED_TASKS,
+    PLACEMENTS,
+    POINTS,
+    SEEDS,
+    VARIANTS,
+    Point,
+    adalora,
+    foreign,
+    learned,
+    lora,
+    paper,
+    permuted,
+    rate_choices,
+    uniform,
+)
+from points import rounded as rounded_point
+
+NONE = "–"
+PERMUTED_AT = 0.125
+ALLOWED_LOSS = {0.25: 0.3, 0.125: 0.7}
+ALLOWED_BYTES = {0.125: 0.15}
+SAME_COST = {0.25: "w8a8", 0.125: "w4a8", 0.09375: "w3a8", 0.0625: "w2a8"}
+"""Uniform widths whose bit operations equal a budget's."""
+UNIFORM = {0.25: (8, 8), 0.125: (4, 8), 0.0625: (2, 8)}
+ALSO_UNIFORM = (4, 4)
+REFERENCE_RATIO = 4
+"""A share of 16-bit bit operations is four times that of 32-bit ones."""
+
+
+def report() -> str:
+    """All tables as Markdown."""
+    sections: list[tuple[str, Callable[[], list[str]]]] = [
+        ("Learning rates on held-out training rows", rates),
+        ("The claim: q + ra against LoRA", claims),
+        ("Score against budget", curve),
+        ("LoRA rounded after training", rounding),
+        ("What q + ra wins back of that", won_back),
+        ("Learned against permuted and uniform widths, at equal cost", allocations),
+        ("AdaLoRA", adaptive),
+        ("The letter of the paper", letter),
+    ]
+    texts = [f"### {title}\n\n" + "\n".join(make()) for title, make in sections]
+    done = [found for point in POINTS if (found := _trained(point)) is not None]
+    hours = sum(found.seconds for found in done) / 3600
+    return "\n\n".join([*texts, f"{len(done)} trained points, {hours:.1f} hours of training in all.\n"])
+
+
+def _trained(point: Point) -> Outcome | None:
+    return None if point.kind.value in {"rounded", "foreign"} else outcome(point.name)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines] if lines else ["Nothing there yet."]
+
+
+def _score(point: Point) -> str:
+    found = outcome(point.name)
+    return NONE if found is None else f"{found.score:.2f}"
+
+
+def _percent(values: Iterable[float]) -> str:
+    listed = list(values)
+    return f"{100 * sum(listed) / len(listed):.2f}" if listed else NONE
+
+
+def rates() -> list[str]:
+    """Score of each learning rate that was tried."""
+    rows = [(p.task, p.label, _score(p)) for p in rate_choices() if outcome(p.name) is not None]
+    return _table(["task", "run", "score"], rows)
+
+
+Make = Callable[[str, int], Point]
+"""From a task and a seed to a point."""
+
+
+def pairs(task: str, ours: Make, theirs: Make) -> list[tuple[Outcome, Outcome]]:
+    """Outcomes of both methods for the seeds that both have."""
+    found = ((outcome(ours(task, seed).name), outcome(theirs(task, seed).name)) for seed in SEEDS)
+    return [(mine, other) for mine, other in found if mine is not None and other is not None]
+
+
+def differences(task: str, ours: Make, theirs: Make) -> Sample | None:
+    """Score of ours minus theirs, seed by seed; None without a common seed."""
+    values = [mine.score - other.score for mine, other in pairs(task, ours, theirs)]
+    return Sample(values) if values else None
+
+
+def _ours(budget: float, variant: str = "q-ra", placement: str = DEFAULT_PLACEMENT) -> Make:
+    return lambda task, seed: learned(task, variant, placement, budget, seed)
+
+
+def claims() -> list[str]:
+    """Per budget and task: both scores, their paired difference, costs; then the mean over tasks and the verdict."""
+    head = [
+        "budget",
+        "task",
+        "LoRA",
+        "q + ra",
+        "difference",
+        "bops %",
+        "bytes %",
+        "whole bops %",
+        "W bits",
+        "x bits",
+        "rank",
+    ]
+    rows: list[list[str]] = []
+    verdicts = []
+    for budget in CLAIMED:
+        means = []
+        for task in (*MAIN_TASKS, *ONE_SEED_TASKS):
+            found = pairs(task, _ours(budget), lora)
+            difference = differences(task, _ours(budget), lora)
+            if difference is None:
+                continue
+            means.append(difference.mean)
+            mine = [one for one, _ in found]
+            scores = [spread(Sample([o.score for o in side])) for side in ([other for _, other in found], mine)]
+            costs = [_percent(getattr(o, field) for o in mine) for field in ("bops", "weight_bytes", "whole")]
+            rows.append([f"bops={budget:g}", task, *scores, interval(difference), *costs, *_learned(mine)])
+        if means:
+            verdicts.append(_verdict(budget, means))
+    return [*_table(head, rows), "", *verdicts]
+
+
+def _learned(outcomes: Sequence[Outcome]) -> list[str]:
+    def mean(values: Iterable[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        return f"{Sample(known).mean:.2f}" if known else NONE
+
+    return [mean(o.weight_bits for o in outcomes), mean(o.input_bits for o in outcomes), mean(o.rank for o in outcomes)]
+
+
+def _verdict(budget: float, means: Sequence[float]) -> str:
+    tasks = len(MAIN_TASKS) + len(ONE_SEED_TASKS)
+    mean, allowed = Sample(means).mean, ALLOWED_LOSS[budget]
+    sizes = [o.weight_bytes for p in POINTS if p.label == _ours(budget)("stsb", 0).label and (o := outcome(p.name))]
+    met = mean >= -allowed and max(sizes, default=0.0) <= ALLOWED_BYTES.get(budget, 1.0)
+    word = ("met" if met else "not met") if len(means) == tasks else f"{len(means)} of {tasks} tasks so far"
+    return f"- bops={budget:g}: mean over tasks {mean:+.2f} points, allowed {-allowed:+.1f}: {word}."
+
+
+def curve() -> list[str]:
+    """Score at each budget of all variants and placements, beside rounding and fixed gates of equal cost."""
+    kinds = [(variant, placement) for placement in PLACEMENTS for variant in VARIANTS]
+    head = ["task", "% of 32-bit", *(f"{v} {p}" for v, p in kinds), "uniform", "rounded, groups of 64", "LoRA"]
+    rows = []
+    for task in CURVE_TASKS:
+        for budget in BUDGETS:
+            mine = [_score(_ours(budget, v, p)(task, FIRST_SEED)) for v, p in kinds]
+            fixed = _score(uniform(task, UNIFORM[budget], "group", FIRST_SEED)) if budget in UNIFORM else NONE
+            cells = [fixed, _rounded(task, budget), _score(lora(task, FIRST_SEED))]
+            rows.append([task, f"{100 * budget / REFERENCE_RATIO:.2f}", *mine, *cells])
+    return _table(head, rows)
+
+
+def _best_rounded(task: str, budget: float, seed: int) -> float | None:
+    """The better fit of scales, for groups of 64, at the widths that cost what the budget allows."""
+    widths = SAME_COST.get(budget)
+    found = rounded(rounded_point(task, seed).name)
+    scores = [
+        next(iter(entry["scores"].values()))
+        for name, entry in found.items()
+        if widths is not None and name.startswith(f"{widths}-group64")
+    ]
+    return max(scores, default=None)
+
+
+def _rounded(task: str, budget: float) -> str:
+    best = _best_rounded(task, budget, FIRST_SEED)
+    return NONE if best is None else f"{best:.2f}"
+
+
+def rounding() -> list[str]:
+    """Every scheme on every task: mean over seeds."""
+    tasks = (*MAIN_TASKS, *ONE_SEED_TASKS)
+    found = {t: [r for s in SEEDS if (r := rounded(rounded_point(t, s).name))] for t in tasks}
+    theirs = {t: [r for s in SEEDS if (r := rounded(foreign(t, s).name))] for t in tasks}
+    names = dict.fromkeys(n for group in (found, theirs) for runs in group.values() for run in runs for n in run)
+    rows = []
+    for name in names:
+        entries = {t: [run[name] for run in (*found[t], *theirs[t]) if name in run] for t in tasks}
+        first = next(entry for listed in entries.values() for entry in listed)
+        cost = [_percent([first[key]]) if key in first else NONE for key in ("bops_share", "bytes_share")]
+        cells = [spread(Sample([next(iter(e["scores"].values())) for e in v])) if v else NONE for v in entries.values()]
+        rows.append([name, *cost, *cells])
+    return _table(["scheme", "bops %", "bytes %", *tasks], rows)
+
+
+def won_back() -> list[str]:
+    """At each budget with rounding of equal cost: what LoRA loses by it, and what q + ra loses."""
+    rows = []
+    for task in (*MAIN_TASKS, *ONE_SEED_TASKS):
+        for budget in (b for b in BUDGETS if b in SAME_COST):
+            lost = [
+                (other.score - best, other.score - mine.score)
+                for seed in SEEDS
+                if (mine := outcome(_ours(budget)(task, seed).name))
+                and (other := outcome(lora(task, seed).name))
+                and (best := _best_rounded(task, budget, seed)) is not None
+            ]
+            if lost:
+                theirs, mine_ = Sample([a for a, _ in lost]), Sample([b for _, b in lost])
+                share = f"{100 * (1 - mine_.mean / theirs.mean):.0f}" if theirs.mean > 0 else NONE
+                rows.append([task, f"{100 * budget / REFERENCE_RATIO:.2f}", spread(theirs), spread(mine_), share])
+    return _table(["task", "% of 32-bit", "lost by rounding", "lost by q + ra", "won back %"], rows)
+
+
+def allocations() -> list[str]:
+    """Learned minus permuted and minus uniform, paired by seed; single seeds at the other widths."""
+    rows = []
+    for task in CURVE_TASKS:
+        for label, theirs in (
+            ("permuted", lambda t, s: permuted(t, PERMUTED_AT, s)),
+            ("uniform w4a8", lambda t, s: uniform(t, (4, 8), "group", s)),
+        ):
+            found = pairs(task, _ours(PERMUTED_AT), theirs)
+            difference = differences(task, _ours(PERMUTED_AT), theirs)
+            if difference is not None:
+                costs = [_percent(o.bops for o in side) for side in zip(*found, strict=True)]
+                other = spread(Sample([o.score for _, o in found]))
+                rows.append(
+                    [task, label, spread(Sample([o.score for o, _ in found])), other, interval(difference), *costs]
+                )
+    head = ["task", "against", "learned", "other", "difference", "learned bops %", "other bops %"]
+    extra = [
+        f"- {task}: uniform w{ALSO_UNIFORM[0]}a{ALSO_UNIFORM[1]} (1.56 % of 32-bit) {_score(point)}"
+        for task in CURVE_TASKS
+        if outcome((point := uniform(task, ALSO_UNIFORM, "group", FIRST_SEED)).name) is not None
+    ]
+    return [*_table(head, rows), *(["", *extra] if extra else [])]
+
+
+def adaptive() -> list[str]:
+    """AdaLoRA against LoRA and against q + ra where that has LoRA's accuracy to keep."""
+    rows = []
+    for task in CURVE_TASKS:
+        for label, theirs in (("LoRA", lora), ("q + ra at 6.25 %", _ours(0.25))):
+            difference = differences(task, theirs, adalora)
+            if difference is not None:
+                found = pairs(task, theirs, adalora)
+                sides = [spread(Sample([o.score for o in side])) for side in zip(*found, strict=True)]
+                rows.append([task, label, *sides, interval(difference)])
+    return _table(["task", "method", "its score", "AdaLoRA", "difference"], rows)
+
+
+def letter() -> list[str]:
+    """What the paper's schedule and penalty give."""
+    rows = []
+    for task in CURVE_TASKS:
+        found = outcome(paper(task, FIRST_SEED).name)
+        if found is not None:
+            costs = [_percent([found.bops]), _percent([found.whole])]
+            rows.append([task, f"{found.score:.2f}", _score(lora(task, FIRST_SEED)), *costs, *_learned([found])])
+    return _table(["task", "score", "LoRA, all layers", "bops %", "whole bops %", "W bits", "x bits", "rank"], rows)

@@ -1,0 +1,73 @@
+"""The points of the study: what is trained, and what is rounded afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TASKS = ("e2e_nlg", "gsm8k")
+STEPS = 120
+GROUP = 64
+"""Weights that share a scale, in our quantizer and in rounding after training alike."""
+EVALUATION_ROWS = {"e2e_nlg": 256, "gsm8k": 128}
+"""Rows of the test split that are scored, drawn by the hash of their content: about 22,000 tokens of either task."""
+OURS = (
+    "adapter.placement=merged",
+    "adapter.quantizers=[weight]",
+    "adapter.granularity=group",
+    f"adapter.group_size={GROUP}",
+)
+BUDGETS = (3.5, 3.0, 2.5)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run of a recipe.
+
+    Args:
+        task: its recipe is <task>-smollm2.
+        label: name of the point within its task.
+        overrides: what differs from the recipe.
+    """
+
+    task: str
+    label: str
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of its file of results."""
+        return f"{self.task}-{self.label}"
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """The merged LoRA model with the weights of its linear layers rounded after training.
+
+    Args:
+        task: whose LoRA model.
+        bits: mean width; between two whole numbers, layers get the one or the other. None leaves them as they are.
+    """
+
+    task: str
+    bits: float | None
+
+    @property
+    def name(self) -> str:
+        """Name of its file of results."""
+        return f"{self.task}-{'merged' if self.bits is None else f'ptq-bits{self.bits:g}'}"
+
+
+def lora(task: str) -> Trained:
+    """The LoRA run that all else of a task is compared with."""
+    return Trained(task, "lora", ("method=lora",))
+
+
+POINTS: tuple[Trained | Rounded, ...] = (
+    *(lora(task) for task in TASKS),
+    *(Rounded(task, bits) for bits in (None, 2, 2.5, 3, 3.5, 4) for task in TASKS),
+    *(
+        Trained(task, f"bayesian-lora-bits{bits:g}", (*OURS, f"gates.budget=bits={bits:g}"))
+        for bits in BUDGETS
+        for task in TASKS
+    ),
+)

@@ -1,0 +1,63 @@
+"""Rounding after training: symmetric grids with one scale for each group of weights, as good as their error allows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+SHRINKS = tuple(1.0 - 0.05 * step for step in range(13))
+"""Scales that are tried, as shares of the largest magnitude in a group: clipping a little may round the rest better."""
+SCALE_BYTES = 4
+
+
+def rounded(weight: Tensor, bits: int, group: int) -> Tensor:
+    """A weight [out, in] on a grid of 2^bits levels, each group of `group` weights of a row with its own scale.
+
+    The scale of a group is the one of SHRINKS with the least squared error. ValueError if groups do not fit into rows.
+    """
+    if weight.shape[1] % group:
+        raise ValueError(f"rows of {weight.shape[1]} weights, expected a multiple of {group}")
+    parts = weight.reshape(-1, group)  # [groups, group]
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    largest = parts.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)  # [groups, 1]
+    best, least = torch.zeros_like(parts), torch.full_like(largest, torch.inf)
+    for shrink in SHRINKS:
+        for levels in dict.fromkeys((high, -low)):
+            scale = shrink * largest / levels
+            tried = (parts / scale).round().clamp(low, high) * scale  # [groups, group]
+            error = (tried - parts).square().sum(dim=1, keepdim=True)  # [groups, 1]
+            best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+    return best.reshape(weight.shape)
+
+
+def round_model(layers: dict[str, nn.Linear], bits: float, group: int) -> dict[str, int]:
+    """Round the weights of linear layers in place, to a mean width over all weights of at most `bits`.
+
+    Between two whole widths, the layers whose squared error falls most per bit spent get the wider one.
+
+    Returns:
+        The width of each layer.
+    """
+    low = int(bits)
+    widths = dict.fromkeys(layers, low)
+    narrow = {name: rounded(layer.weight.data, low, group) for name, layer in layers.items()}
+    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    spare = (bits - low) * sum(sizes.values())
+    wide = {name: rounded(layer.weight.data, low + 1, group) for name, layer in layers.items()} if spare else {}
+    for name in sorted(wide, key=lambda name: -_gain(layers[name].weight.data, narrow[name], wide[name])):
+        if sizes[name] <= spare:
+            spare -= sizes[name]
+            widths[name] = low + 1
+    for name, layer in layers.items():
+        layer.weight.data.copy_(narrow[name] if widths[name] == low else wide[name])
+    return widths
+
+
+def _gain(weight: Tensor, narrow: Tensor, wide: Tensor) -> float:
+    """How much less squared error a weight has with one more bit: mean over its elements."""
+    return float((narrow - weight).square().mean() - (wide - weight).square().mean())
+
+
+def stored_bytes(weights: int, mean_bits: float, group: int) -> float:
+    """Bytes of weights at a mean width, with a 4-byte scale for each group."""
+    return weights * mean_bits / 8 + weights / group * SCALE_BYTES

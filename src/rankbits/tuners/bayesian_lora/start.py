@@ -1,0 +1,83 @@
+"""How the adapter of one layer starts: its rank, its weights and its quantizers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from rankbits.quant.grid import PER_TENSOR, Signedness
+from rankbits.quant.quantizer import FixedQuantizer, Quantizer
+from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig, Site, Start
+
+DIAGONAL_HEADROOM = 1.5
+"""With this range over max|E| a constant E lies on the grid at every width, where a range at max|E| would not."""
+WEIGHT_STANDARD_DEVIATION = 0.02
+
+
+def rank_of(config: BayesianLoraConfig, key: str, shape: tuple[int, int]) -> int:
+    """Rank that a layer's update starts with.
+
+    Args:
+        config: of the adapter.
+        key: qualified name of the layer.
+        shape: (out_features, in_features).
+
+    Raises:
+        ValueError: r exceeds what the matrix can have, or a hardened configuration does not know this layer.
+    """
+    if config.hardened_ranks is not None:
+        if key not in config.hardened_ranks:
+            raise ValueError(
+                f"this adapter was hardened for the layers {sorted(config.hardened_ranks)}, not for {key!r}: "
+                "load it onto the base model it was trained on"
+            )
+        return config.hardened_ranks[key]
+    if config.r > min(shape):
+        raise ValueError(
+            f"`r`={config.r} exceeds the rank that {key!r} can have: its weight is {list(shape)}, so r <= {min(shape)}"
+        )
+    return config.r
+
+
+@torch.no_grad()
+def start_weights(down: Tensor, diagonal: Tensor, up: Tensor, start: Start) -> None:
+    """Fill A [r, in_features], E [r] and B [out_features, r] in place; the update is zero unless random."""
+    if start is Start.ADALORA:
+        nn.init.normal_(down, std=WEIGHT_STANDARD_DEVIATION)
+    else:
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+    if start is Start.LORA:
+        nn.init.zeros_(up)
+    else:
+        nn.init.normal_(up, std=WEIGHT_STANDARD_DEVIATION)
+    nn.init.constant_(diagonal, 0.0 if start is Start.ADALORA else 1.0)
+
+
+def learning_quantizer(site: Site, config: BayesianLoraConfig, shape: tuple[int, int], key: str) -> Quantizer:
+    """A quantizer that has yet to learn its range; ValueError if groups do not divide the rows of the weight."""
+    try:
+        return Quantizer(
+            calibration_passes=config.calibration_passes,
+            signedness=Signedness.AUTO if site is Site.INPUT else Signedness.SIGNED,
+            headroom=DIAGONAL_HEADROOM if site is Site.DIAGONAL else 1.0,
+            layout=config.range_layout if site is Site.WEIGHT else PER_TENSOR,
+            shape=shape,
+        )
+    except ValueError as reason:
+        raise ValueError(
+            f"{key!r}: {reason}; choose another `group_size`, granularity='channel', or leave the layer out with "
+            "exclude_modules"
+        ) from reason
+
+
+def fixed_quantizers(config: BayesianLoraConfig, key: str, shape: tuple[int, int]) -> nn.ModuleDict:
+    """The quantizers that a hardened configuration names for a layer."""
+    unsigned = key in (config.unsigned_inputs or ())
+    quantizers = {}
+    for site, width in (config.hardened_bits or {}).get(key, {}).items():
+        signed = not (unsigned and site == Site.INPUT.value)
+        layout = config.range_layout if site == Site.WEIGHT.value else PER_TENSOR
+        quantizers[site] = FixedQuantizer(width, signed=signed, layout=layout, shape=shape)
+    return nn.ModuleDict(quantizers)

@@ -1,0 +1,361 @@
+"""The study of benchmarks/accuracy: points, claims, rounding, allocations and tables, without any training."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from rankbits.tuners.bayesian_lora import BayesianLoraConfig, summarize
+
+FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "accuracy"
+MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The study's modules, imported afresh, with results and scratch in a temporary folder."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setenv("RANKBITS_SCRATCH", str(tmp_path / "scratch"))
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(importlib.import_module("scratch"), "RESULTS", tmp_path / "results")
+    yield SimpleNamespace(load=importlib.import_module, results=tmp_path / "results")
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+def test_every_point_has_one_name_and_its_source_stands_before_it(study) -> None:
+    points = study.load("points").POINTS
+    names = [point.name for point in points]
+    assert len(set(names)) == len(names)
+    for index, point in enumerate(points):
+        assert point.source is None or point.source in names[:index]
+
+
+def test_learned_points_cover_both_placements_both_variants_and_six_budgets(study) -> None:
+    points = study.load("points")
+    labels = {p.label for p in points.POINTS if p.task == "stsb" and p.seed == 42}
+    wanted = {f"{v}-{p}-bops{b:g}" for v in ("q", "q-ra") for p in ("separate", "merged") for b in points.BUDGETS}
+    assert len(wanted) == 24
+    assert wanted <= labels
+
+
+def test_all_methods_share_rows_steps_rate_and_modules(study) -> None:
+    points = study.load("points")
+    for task in ("stsb", "sst2"):
+        shared = set(points.work(task, 43))
+        assert f"training.learning_rate={points.LEARNING_RATE}" in shared
+        for point in (
+            points.lora(task, 43),
+            points.learned(task, "q", "separate", 0.25, 43),
+            points.uniform(task, (4, 8), "group", 43),
+            points.permuted(task, 0.125, 43),
+        ):
+            assert shared <= set(point.changes), point.name
+
+
+def test_a_finished_point_and_one_without_its_source_do_not_start(study) -> None:
+    run, points = study.load("run"), study.load("points")
+    source, made = points.lora("stsb", 42), points.rounded("stsb", 42)
+    assert run.may_start(source)
+    assert not run.may_start(made)
+    (study.results / f"{source.name}.json").write_text("{}", encoding="utf-8")
+    assert not run.may_start(source)
+    assert run.may_start(made)
+
+
+def test_points_are_chosen_by_pattern(study) -> None:
+    run = study.load("run")
+    assert {p.task for p in run.chosen("sst2-lora-seed")} == {"sst2"}
+    assert len(run.chosen("sst2-lora-seed")) == 3
+    assert len(run.chosen("")) == len(study.load("points").POINTS)
+
+
+def test_work_goes_on_after_a_failure_and_waits_for_other_hands(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, points = study.load("run"), study.load("points")
+    a, b, c = (points.lora("stsb", seed) for seed in (42, 43, 44))
+    answers = {a.name: [1], b.name: [run.BUSY, 0], c.name: [0]}
+    order, waits = [], []
+
+    def start(point, threads):
+        order.append(point.name)
+        status = answers[point.name].pop(0)
+        if status == 0:
+            (study.results / f"{point.name}.json").write_text("{}", encoding="utf-8")
+        return status
+
+    monkeypatch.setattr(run, "start", start)
+    monkeypatch.setattr(run.time, "sleep", waits.append)
+    assert run.work_through([a, b, c], threads=1) == [a.name]
+    assert order == [a.name, b.name, c.name, b.name]
+    assert waits == []
+
+
+def test_what_only_others_hold_is_waited_for(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, points = study.load("run"), study.load("points")
+    point = points.lora("stsb", 42)
+    waits = []
+
+    def other_hands_finish(seconds):
+        waits.append(seconds)
+        (study.results / f"{point.name}.json").write_text("{}", encoding="utf-8")
+
+    monkeypatch.setattr(run, "start", lambda point, threads: run.BUSY)
+    monkeypatch.setattr(run.time, "sleep", other_hands_finish)
+    assert run.work_through([point], threads=1) == []
+    assert waits == [run.WAIT_SECONDS]
+
+
+HOLD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from scratch import claimed
+with claimed("a-point") as mine:
+    print(mine, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_claim_keeps_another_process_out_and_dies_with_its_own(study) -> None:
+    scratch = study.load("scratch")
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(FOLDER)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "True\n"
+        with scratch.claimed("a-point") as mine:
+            assert not mine
+        assert scratch.is_running("a-point")
+    finally:
+        other.kill()
+        other.communicate()
+    with scratch.claimed("a-point") as mine:
+        assert mine
+
+
+def test_weights_are_rounded_to_the_nearest_code_of_their_scale(study) -> None:
+    rounding = study.load("rounding")
+    weight = torch.tensor([[0.7, -0.2, 0.1, 7.0], [0.05, 0.14, -0.35, 0.2]])
+    scheme = rounding.Scheme(4, 8, rounding.Scales.CHANNEL)
+    steps = torch.tensor([[7.0 / 7], [0.35 / 7]])
+    torch.testing.assert_close(rounding.rounded_weight(weight, scheme), (weight / steps).round() * steps)
+    grouped = rounding.rounded_weight(weight, rounding.Scheme(4, 8, rounding.Scales.GROUP, group_size=2))
+    torch.testing.assert_close(grouped[0, :2], torch.tensor([0.7, -0.2]))
+    assert rounding.rounded_weight(weight, rounding.Scheme(4, 8, rounding.Scales.TENSOR))[1].abs().max() == 0.0
+    assert rounding.scale_count((4, 128), scheme) == 4
+    assert rounding.scale_count((4, 128), rounding.Scheme(4, 8, rounding.Scales.GROUP)) == 8
+
+
+def test_the_fit_by_error_is_never_worse_and_two_bits_have_three_levels(study) -> None:
+    rounding = study.load("rounding")
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    errors = {}
+    for fit in rounding.Fit:
+        values = rounding.rounded_weight(weight, rounding.Scheme(2, 8, rounding.Scales.GROUP, fit=fit))
+        assert all(len(row.unique()) <= 3 for row in values)
+        errors[fit] = (values - weight).square().sum()
+    assert errors[rounding.Fit.ERROR] < 0.7 * errors[rounding.Fit.MAXIMUM]
+
+
+def test_layers_are_rounded_inside_the_block_only(study) -> None:
+    rounding = study.load("rounding")
+    layer = nn.Linear(4, 3)
+    x = torch.tensor([[0.3, -1.0, 2.0, 9.0]])
+    before = layer(x)
+    scheme = rounding.Scheme(8, 8, rounding.Scales.CHANNEL)
+    with rounding.watching({"a": layer}) as seen:
+        layer(x)
+    assert seen["a"].maximum == 9.0
+    with rounding.rounded_layers({"a": layer}, {"a": 2.0}, scheme):
+        step = torch.tensor(2.0 / 127)
+        rounded = rounding.on_grid(x, step, 8)
+        assert rounded.max() == 127 * step
+        torch.testing.assert_close(layer(x), rounded @ layer.weight.T + layer.bias)
+        assert not torch.equal(layer(x), before)
+    assert torch.equal(layer(x), before)
+
+
+def test_bytes_of_a_scheme_count_its_scales(study) -> None:
+    rounded, rounding = study.load("rounded"), study.load("rounding")
+    layers = {"a": nn.Linear(128, 64, bias=False)}
+    cost = rounded.cost(layers, rounding.Scheme(4, 8, rounding.Scales.GROUP))
+    assert cost == {"bops_share": 32 / 1024, "bytes_share": (4 + 32 / 64) / 32}
+
+
+def _record(bits: list[tuple[int, int, int]]):
+    """A stand-in for a record of layers (weight bits, input bits, rank) of two sizes; the second reads as the first."""
+    names = [f"layer.{index}" for index in range(len(bits))]
+    shared = [{"input": f"base_model.model.{names[0]}"} if index == 1 else {} for index in range(len(bits))]
+    modules = [
+        SimpleNamespace(name=name, bits={"weight": w, "input": x}, rank=rank, shared=owner)
+        for name, (w, x, rank), owner in zip(names, bits, shared, strict=True)
+    ]
+    products = [
+        SimpleNamespace(module=name, op="linear", macs=400 if index % 4 == 3 else 100)
+        for index, name in enumerate(names)
+    ]
+    return SimpleNamespace(modules=modules, costs=SimpleNamespace(products=products))
+
+
+def test_a_permutation_keeps_all_widths_and_the_cost_but_not_the_order(study) -> None:
+    gates = study.load("fixed_gates")
+    bits = [(8, 8, 2), (4, 8, 8), (4, 4, 1), (8, 8, 5), (2, 8, 4), (4, 16, 3), (8, 4, 7), (4, 8, 6)]
+    record = _record(bits)
+    learned = {unit.name: unit for unit in gates.units_of(record)}
+    moved = set()
+    for seed in range(8):
+        allocation = gates.permuted(record, seed=seed)
+        dealt = {name: allocation(name) for name in learned}
+        triples = {name: (w.bits["weight"], w.bits["input"], w.rank) for name, w in dealt.items()}
+        assert sorted(triples.values()) == sorted(bits)
+        # The two that read one tensor have no equals, and stay; the others only take from layers of their size.
+        assert [triples["layer.0"], triples["layer.1"]] == bits[:2]
+        assert {triples["layer.3"], triples["layer.7"]} == {bits[3], bits[7]}
+        before = sum(unit.macs * unit.weight * unit.input for unit in learned.values())
+        assert before == sum(learned[name].macs * w * x for name, (w, x, _) in triples.items())
+        assert list(triples.values()) != bits
+        moved |= {name for name, triple in zip(triples, bits, strict=True) if triples[name] != triple}
+    assert moved == {f"layer.{index}" for index in range(2, 8)}
+
+
+def test_layers_that_read_one_tensor_move_together(study) -> None:
+    gates = study.load("fixed_gates")
+    names = [f"{block}.{kind}" for block in "ab" for kind in ("query", "key")]
+    widths = dict(zip(names, [2, 4, 8, 16], strict=True))
+    modules = [
+        SimpleNamespace(
+            name=name,
+            bits={"weight": widths[name], "input": 8 if name[0] == "a" else 4},
+            rank=1,
+            shared={} if name.endswith("query") else {"input": f"base_model.model.{name[0]}.query"},
+        )
+        for name in names
+    ]
+    products = [SimpleNamespace(module=name, op="linear", macs=100) for name in names]
+    record = SimpleNamespace(modules=modules, costs=SimpleNamespace(products=products))
+    dealt = {name: gates.permuted(record, seed=0)(name).bits for name in names}
+    assert {name: bits["weight"] for name, bits in dealt.items()} == dict(zip(names, [8, 16, 2, 4], strict=True))
+    assert [bits["input"] for bits in dealt.values()] == [4, 4, 8, 8]
+
+
+def test_equal_layers_have_no_permutation(study) -> None:
+    gates = study.load("fixed_gates")
+    with pytest.raises(ValueError, match="nothing to permute"):
+        gates.permuted(_record([(4, 8, 2)] * 4), seed=0)
+
+
+def _gated() -> nn.Module:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x))
+
+    config = BayesianLoraConfig(r=4, target_modules=["first", "second"], placement="merged")
+    return get_peft_model(Two(), config)
+
+
+def test_gates_are_set_to_the_widths_and_ranks_of_each_layer(study) -> None:
+    gates = study.load("fixed_gates")
+    wanted = {
+        "first": gates.Wanted({"weight": 2, "input": 16}, rank=1),
+        "second": gates.Wanted({"weight": 8, "input": 32}, rank=3),
+    }
+    model = _gated()
+    gates.set_gates(model, wanted.__getitem__)
+    found = {summary.name.removeprefix("base_model.model."): summary for summary in summarize(model)}
+    assert {name: (s.bits, s.rank) for name, s in found.items()} == {n: (w.bits, w.rank) for n, w in wanted.items()}
+    gates.set_gates(model, gates.uniform(4, 8))
+    assert all(summary.bits == {"weight": 4, "input": 8} for summary in summarize(model))
+
+
+def test_gates_are_set_in_the_last_step_before_the_fixed_phase(study) -> None:
+    gates = study.load("fixed_gates")
+    model = _gated()
+    callback = gates.SetGates(gates.uniform(4, 8), 0.75)
+    for step in range(40):
+        callback.on_pre_optimizer_step(None, SimpleNamespace(max_steps=40, global_step=step), None, model=model)
+        expected = {"weight": 4, "input": 8} if step >= 9 else {"weight": 32, "input": 32}
+        assert all(summary.bits == expected for summary in summarize(model)), step
+    with pytest.raises(ValueError, match="a step before"):
+        gates.SetGates(gates.uniform(4, 8), 1.0).on_pre_optimizer_step(
+            None, SimpleNamespace(max_steps=40, global_step=0), None, model=model
+        )
+
+
+def test_adalora_ends_at_loras_rank_and_scale(study) -> None:
+    adalora = study.load("adalora")
+    recipe = SimpleNamespace(
+        adapter=SimpleNamespace(r=8, alpha=16.0, targets=["query"], modules_to_save=["classifier"])
+    )
+    config = adalora.config_of(recipe, 500)
+    assert config.target_r == 8
+    assert config.lora_alpha / config.init_r == pytest.approx(16.0 / 8)
+    assert config.tinit + config.tfinal < config.total_step == 500
+
+
+def test_intervals_are_students_over_seeds(study) -> None:
+    outcomes = study.load("outcomes")
+    sample = outcomes.Sample([1.0, 2.0, 3.0])
+    assert sample.deviation == 1.0
+    assert sample.half_width == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
+    assert outcomes.interval(sample) == "+2.00 [-0.48, +4.48]"
+    assert outcomes.interval(outcomes.Sample([0.5])) == "+0.50"
+
+
+def test_the_report_of_no_results_says_so(study) -> None:
+    assert study.load("tables").report().count("Nothing there yet.") >= 4
+
+
+def test_the_report_pairs_seeds_and_judges_the_claim(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, points, outcomes = study.load("tables"), study.load("points"), study.load("outcomes")
+    scores = {}
+    for task, seed in [(t, s) for s in points.SEEDS for t in points.MAIN_TASKS] + [("cola", 42), ("rte", 42)]:
+        scores[points.lora(task, seed).name] = 80.0 + seed
+        scores[points.learned(task, "q-ra", "merged", 0.25, seed).name] = 79.8 + seed
+        scores[points.learned(task, "q-ra", "merged", 0.125, seed).name] = 79.0 + seed
+
+    def outcome(name):
+        score = scores.get(name)
+        return None if score is None else outcomes.Outcome(score, 0.06, 0.14, 0.2, 4.0, 4.0, 8.0, 60.0)
+
+    monkeypatch.setattr(tables, "outcome", outcome)
+    text = "\n".join(tables.claims())
+    assert "| bops=0.25 | stsb | 123.00 ± 1.00 | 122.80 ± 1.00 | -0.20 [-0.20, -0.20] | 6.00 | 14.00 |" in text
+    assert "- bops=0.25: mean over tasks -0.20 points, allowed -0.3: met." in text
+    assert "- bops=0.125: mean over tasks -1.00 points, allowed -0.7: not met." in text
+
+
+def test_what_is_won_back_is_the_share_of_what_rounding_loses(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, points, outcomes = study.load("tables"), study.load("points"), study.load("outcomes")
+    scores = {points.lora("stsb", 42).name: 85.0, points.learned("stsb", "q-ra", "merged", 0.125, 42).name: 84.75}
+    monkeypatch.setattr(
+        tables, "outcome", lambda name: outcomes.Outcome(scores[name], 1, 1, 1, 8, 4, 8, 1) if name in scores else None
+    )
+    entries = {
+        "schemes": [
+            {"scheme": f"w4a8-group64-{fit}", "scores": {"pearson": s}} for fit, s in (("max", 83.0), ("mse", 84.0))
+        ]
+    }
+    path = study.results / f"{points.rounded('stsb', 42).name}.json"
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    assert "| stsb | 3.12 | 1.00 | 0.25 | 75 |" in tables.won_back()
+
+
+def test_files_are_small_and_say_first_what_they_are() -> None:
+    for path in FOLDER.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith('"""'), path.name
+        assert len(text.splitlines()) <= 400, path.name
+
+
+def test_modules_are_importable_by_name(study) -> None:
+    assert all(isinstance(study.load(name), ModuleType) for name in MODULES)

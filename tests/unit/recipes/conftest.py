@@ -1,0 +1,6 @@
+"""Makes the small models of tests/tiny importable from here."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tiny"))

@@ -1,0 +1,145 @@
+"""Widths chosen by what closing each gate was measured to cost."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from rankbits import BayesianLoraConfig, GateSchedule, summarize
+from rankbits.errors import ScheduleError
+from rankbits.tuners.bayesian_lora import adapted_layers, learning_adapters
+
+PHASES = (0.5, 0.25, 0.25)
+"""By evidence only the warm-up counts."""
+
+
+class TwoPaths(nn.Module):
+    """Two linear layers of one shape whose outputs add up, one of them a hundredth of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loud, self.quiet = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.loud(x) + 0.01 * self.quiet(x)
+        return result
+
+
+def _model(**settings: object) -> PeftModel:
+    torch.manual_seed(3)
+    chosen = {"placement": "merged", "quantizers": ["weight"], "calibration_passes": 1} | settings
+    return get_peft_model(TwoPaths(), BayesianLoraConfig(r=2, target_modules=["loud", "quiet"], **chosen))
+
+
+def _train(model: nn.Module, schedule: GateSchedule, steps: int, *, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model.train()
+    for _ in range(steps):
+        x = torch.randn(32, 16)
+        (model(x) - x.roll(1, dims=1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_layer_that_matters_keeps_more_bits(seed) -> None:
+    model = _model()
+    schedule = GateSchedule(model, 20, budget="bits=6", allocation="evidence", phases=PHASES)
+    _train(model, schedule, 20, seed=seed)
+    loud, quiet = (entry.bits["weight"] for entry in summarize(model))
+    assert (loud, quiet) == (8, 4)
+    assert schedule.budgets()[0].cost == 6.0
+
+
+def test_logits_tell_by_how_much_a_gate_was_worth_its_price() -> None:
+    model = _model()
+    schedule = GateSchedule(model, 20, budget="bits=6", allocation="evidence", phases=PHASES)
+    _train(model, schedule, 10)
+    loud, quiet = (gates.bit_logits.detach() for _, _, gates in learning_adapters(model))
+    assert loud[0, 0] >= loud[0, 1] > quiet[0, 1] > quiet[0, 3]
+
+
+def test_what_is_measured_is_the_squared_gradient_by_open_gates() -> None:
+    model = _model(weight_gradient_rows=4)
+    schedule = GateSchedule(model, 4, budget="bits=6", allocation="evidence", phases=(0.5, 0.0, 0.5))
+    _train(model, schedule, 1)
+    (loud, _, gates), _ = learning_adapters(model)
+    assert schedule.phase().measures
+    x = torch.randn(8, 16)
+    before = gates.evidence.clone()
+    twin = copy.deepcopy(model)
+    model.zero_grad()
+    (model(x) * torch.arange(16.0)).mean().backward()
+    measured = gates.evidence - before
+
+    # The same pass with gates that are leaves of their own, and the gradient of the weight from all rows.
+    layer = next(layer for name, layer in adapted_layers(twin) if name.endswith("loud"))
+    quantizer = layer.quantizers_of("default")["weight"]
+    values = torch.ones(4, requires_grad=True)
+    weight = quantizer(layer._sum("default", layer.weight, None).detach(), values, hard=False)
+    (x @ weight.T * torch.arange(16.0) / (8 * 16)).sum().backward()
+    torch.testing.assert_close(measured[0], values.grad.square(), rtol=1e-3, atol=1e-12)
+    assert loud is not None
+
+
+def test_measuring_passes_are_free_of_noise() -> None:
+    model = _model()
+    schedule = GateSchedule(model, 4, budget="bits=6", allocation="evidence", phases=(0.5, 0.0, 0.5))
+    _train(model, schedule, 1)
+    with torch.no_grad():
+        for _, _, gates in learning_adapters(model):
+            gates.bit_logits.fill_(0.0)  # sampled, they would differ from pass to pass
+    x = torch.randn(8, 16)
+    assert torch.equal(model(x), model(x))
+
+
+def test_an_interrupted_run_chooses_what_an_uninterrupted_one_does() -> None:
+    whole = _model()
+    schedule = GateSchedule(whole, 20, budget="bits=6", allocation="evidence", phases=PHASES)
+    _train(whole, schedule, 8)
+    resumed = _model()
+    resumed.load_state_dict(whole.state_dict())
+    again = GateSchedule(resumed, 20, budget="bits=6", allocation="evidence", phases=PHASES)
+    again.load_state_dict(schedule.state_dict())
+    _train(whole, schedule, 4, seed=5)
+    _train(resumed, again, 4, seed=5)
+    for (_, _, gates), (_, _, others) in zip(learning_adapters(whole), learning_adapters(resumed), strict=True):
+        assert gates.evidence.any()
+        assert torch.equal(gates.evidence, others.evidence)
+        assert torch.equal(gates.bit_logits, others.bit_logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"allocation": "luck"}, "allocation: given 'luck', expected one of descent, evidence"),
+        ({"phases": (0.0, 0.5, 0.5)}, "second half of the warm-up, which has 0 of 20 steps"),
+        ({"budget": "rank=1"}, "allocation='evidence' measures widths alone"),
+    ],
+)
+def test_what_evidence_cannot_do_is_refused(settings, said) -> None:
+    chosen = {"budget": "bits=6", "allocation": "evidence", "phases": PHASES} | settings
+    with pytest.raises(ScheduleError, match=said):
+        GateSchedule(_model(), 20, **chosen)
+
+
+def test_the_trainer_s_callback_does_not_ask_for_faster_gates(recwarn) -> None:
+    from transformers import TrainerState, TrainingArguments
+
+    from rankbits import RankbitsCallback, optimizer_and_scheduler
+    from rankbits.errors import RankbitsWarning
+
+    model = _model()
+    schedule = GateSchedule(model, 20, budget="bits=6", phases=PHASES)
+    optimizer, _ = optimizer_and_scheduler(schedule, learning_rate=1e-3)
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates["gates"] < 1.0
+    state = TrainerState(max_steps=20)
+    RankbitsCallback(schedule).on_train_begin(
+        TrainingArguments("unused"), state, None, model=model, optimizer=optimizer
+    )
+    assert not [warning for warning in recwarn if issubclass(warning.category, RankbitsWarning)]

@@ -1,0 +1,153 @@
+"""What a budget counts while gates learn is what the accounting room counts on the hardened model, exactly."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from rankbits import BayesianLoraConfig, Budget, GateSchedule, cost, harden
+from rankbits.errors import ScheduleError
+from rankbits.records import CostRecord
+from rankbits.tuners.bayesian_lora import adapted_layers, learning_adapters
+from rankbits.tuners.bayesian_lora.config import Site
+
+LENGTH = 16
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 50,
+    "max_position_embeddings": 64,
+}
+ALL_SITES = [site.value for site in Site]
+
+
+def _bert() -> nn.Module:
+    return BertForSequenceClassification(BertConfig(**SIZES, num_labels=3))
+
+
+def _deberta() -> nn.Module:
+    return DebertaV2ForSequenceClassification(
+        DebertaV2Config(
+            **SIZES,
+            relative_attention=True,
+            pos_att_type=["c2p", "p2c"],
+            position_buckets=8,
+            share_att_key=True,
+            norm_rel_ebd="layer_norm",
+            position_biased_input=False,
+            type_vocab_size=0,
+        )
+    )
+
+
+def _llama() -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2))
+
+
+MODELS = {"bert": _bert, "deberta": _deberta, "llama": _llama}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "merged": {"placement": "merged"},
+    "merged, by channel, tied": {
+        "placement": "merged",
+        "quantizers": ["weight", "input", "output"],
+        "granularity": "channel",
+        "tie_groups": "fused",
+    },
+    "separate": {"quantizers": ALL_SITES},
+    "separate, no input": {},
+}
+
+
+def _learned(model: nn.Module, **settings: Any) -> PeftModel:
+    """An adapted model with calibrated quantizers and gates at random."""
+    chosen: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "init_weights": False}
+    if hasattr(model, "classifier"):
+        chosen["exclude_modules"] = ["classifier"]
+    adapted = get_peft_model(model, BayesianLoraConfig(**(chosen | {"calibration_passes": 1} | settings))).train()
+    adapted(input_ids=torch.arange(1, LENGTH + 1)[None])
+    with torch.no_grad():
+        for _, _, gates in learning_adapters(adapted):
+            for logits in (gates.bit_logits, gates.rank_logits):
+                if logits is not None:
+                    logits.copy_(torch.randn_like(logits) * 2.0 + 1.0)
+    return adapted
+
+
+def _costs(model: PeftModel, *budgets: Budget | str) -> list[float]:
+    return [state.cost for state in GateSchedule(model, 10, budget=list(budgets)).budgets()]
+
+
+def _counted(model: PeftModel) -> tuple[CostRecord, set[str]]:
+    """The record of the hardened model, and the names of its adapted layers."""
+    for layer, name, _ in learning_adapters(model):
+        layer.bayesian_lora_steps[name].fill_(1)
+    harden(model)
+    names = {name.removeprefix("base_model.model.") for name, _ in adapted_layers(model)}
+    return cost(model, sequence_length=LENGTH), names
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_cost_is_that_of_the_record_after_hardening(kind: str, layout: str) -> None:
+    model = _learned(MODELS[kind](), **LAYOUTS[layout])
+    bops, size, bits = _costs(model, Budget("bops", 2.0, 16, LENGTH), "bytes=1.0", "bits=20")
+    (whole,) = _costs(model, Budget("bops", 0.9, 32, LENGTH, "model")) if kind == "bert" else (None,)
+    record, names = _counted(model)
+    products = [product for product in record.products if product.module in names]
+    base = sum(product.macs for product in products if product.adapter is None)
+    assert bops == pytest.approx(sum(p.bops for p in products) / (base * 16**2), rel=1e-12)
+    weights = [w for w in record.weights if w.module in names and w.operand in {"W0", "A", "B", "E"}]
+    numbers = sum(w.elements for w in weights if w.operand == "W0")
+    assert size == pytest.approx(sum(w.size_bytes for w in weights) / (2 * numbers), rel=1e-12)
+    assert bits == pytest.approx(
+        sum(w.elements * w.bits for w in weights) / sum(w.elements for w in weights), rel=1e-12
+    )
+    if whole is not None:
+        assert whole == pytest.approx(record.percent(32) / 100, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["deberta", "llama"])
+def test_the_whole_model_is_counted_with_its_attention(kind: str) -> None:
+    model = _learned(MODELS[kind](), quantizers=ALL_SITES)
+    (whole,) = _costs(model, Budget("bops", 3.0, 16, LENGTH, "model"))
+    record, names = _counted(model)
+    assert any(product.module not in names for product in record.products)
+    assert whole == pytest.approx(record.percent(16) / 100, rel=1e-12)
+
+
+def test_without_a_length_the_rows_of_all_layers_are_alike() -> None:
+    model = _learned(_deberta(), placement="merged")
+    (alike,) = _costs(model, "bops=2")
+    (by_length,) = _costs(model, Budget("bops", 2.0, 16, LENGTH))
+    layers = [(layer, layer.active_adapters[0]) for _, layer in adapted_layers(model)]
+    macs = [layer.in_features * layer.out_features for layer, _ in layers]
+    record, names = _counted(model)
+    of = {p.module: p.bits_left * p.bits_right for p in record.products if p.module in names}
+    assert alike == pytest.approx(sum(m * of[n] for m, n in zip(macs, of, strict=True)) / (sum(macs) * 256))
+    assert alike != pytest.approx(by_length, rel=1e-3)
+
+
+def test_the_mean_rank_is_that_of_the_layers() -> None:
+    model = _learned(_bert())
+    (mean,) = _costs(model, "rank=2.5")
+    ranks = [int(gates.values(hard=True).ranks.sum()) for _, _, gates in learning_adapters(model)]
+    assert mean == pytest.approx(sum(ranks) / len(ranks))
+
+
+def test_a_model_that_no_formula_knows_counts_its_adapted_layers_alone(adapted) -> None:
+    model = adapted(placement="merged")
+    assert _costs(model, Budget("bops", 2.0, 16, LENGTH)) == [4.0]
+    with pytest.raises(ScheduleError, match="whole model cannot be counted: Sequential has no config; give scope='ada"):
+        GateSchedule(model, 10, budget=Budget("bops", 2.0, 16, LENGTH, "model"))
