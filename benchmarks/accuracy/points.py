@@ -19,6 +19,8 @@ ONE_SEED_TASKS = ("cola", "rte")
 BUDGETS = (0.5, 0.25, 0.1875, 0.125, 0.09375, 0.0625)
 """Bit operations of the adapted layers as a share of their 16-bit reference; a quarter of it is of the 32-bit one."""
 CLAIMED = (0.25, 0.125)
+NARROW, BYTES = 0.125, 0.3
+"""From this budget on the weights may also take no more bytes than that share of their 16-bit ones."""
 VARIANTS = ("q", "q-ra")
 PLACEMENTS = ("separate", "merged")
 DEFAULT_PLACEMENT = "merged"
@@ -125,7 +127,8 @@ def ours(placement: str, granularity: str = "group") -> tuple[str, ...]:
 def learned(task: str, variant: str, placement: str, budget: float, seed: int) -> Point:
     """Learned widths, with or without learned ranks, under a budget of bit operations."""
     ranks = () if variant == "q-ra" else ("adapter.learn_rank=false",)
-    changes = (*ours(placement), *ranks, f"gates.budget=bops={budget:g}", *work(task, seed))
+    limits = f"bops={budget:g}" if budget > NARROW else f"[bops={budget:g},bytes={BYTES:g}]"
+    changes = (*ours(placement), *ranks, f"gates.budget={limits}", *work(task, seed))
     return Point(task, f"{variant}-{placement}-bops{budget:g}", seed, changes=changes)
 
 

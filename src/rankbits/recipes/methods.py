@@ -21,7 +21,7 @@ def _bayesian_lora(adapter: AdapterSection) -> PeftConfig:
         alpha=adapter.alpha,
         dropout=adapter.dropout,
         target_modules=adapter.targets,
-        modules_to_save=adapter.modules_to_save,
+        modules_to_save=_own(adapter.modules_to_save),
         init_weights=adapter.init_weights,
         learn_bits=adapter.learn_bits,
         learn_rank=adapter.learn_rank,
@@ -46,8 +46,13 @@ def _lora(adapter: AdapterSection) -> PeftConfig:
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
         lora_dropout=adapter.dropout,
         target_modules=adapter.targets,
-        modules_to_save=adapter.modules_to_save,
+        modules_to_save=_own(adapter.modules_to_save),
     )
+
+
+def _own(names: Sequence[str] | None) -> list[str] | None:
+    # PEFT writes the names of the head into the list it is given, which must not be the recipe's.
+    return None if names is None else list(names)
 
 
 CONFIGS: dict[str, Callable[[AdapterSection], PeftConfig]] = {"bayesian-lora": _bayesian_lora, "lora": _lora}

@@ -231,7 +231,10 @@ class BudgetController:
     def state_dict(self) -> dict[str, Any]:
         """What cannot be worked out from the model: dual variables and where the descent began."""
         corners = None if self.corners is None else [list(pair) for pair in self.corners]
-        return {"budgets": [str(budget) for budget in self.budgets], "mu": list(self.mu), "corners": corners}
+        state = {"budgets": [str(budget) for budget in self.budgets], "mu": list(self.mu), "corners": corners}
+        if self.allocation is Allocation.EVIDENCE:
+            state["evidence"] = self.table.evidence().tolist()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`. ScheduleError if it is of other budgets."""
@@ -239,6 +242,8 @@ class BudgetController:
         if state["budgets"] != mine:
             raise ScheduleError(f"the checkpoint's budgets are {state['budgets']}, those of this schedule {mine}")
         self.mu = [float(mu) for mu in state["mu"]]
+        if "evidence" in state:
+            self.table.set_evidence(torch.tensor(state["evidence"]))
         corners = state["corners"]
         self.corners = None if corners is None else [(float(first), float(middle)) for first, middle in corners]
         self.resume()

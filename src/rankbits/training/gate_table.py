@@ -103,6 +103,13 @@ class GateTable:
         return _on_host([g.evidence for g in self._gates() if g.bit_logits is not None]).reshape(-1, WIDTH_GATES)
 
     @torch.no_grad()
+    def set_evidence(self, evidence: Tensor) -> None:
+        """Put back what `evidence` gave."""
+        gates = [g for g in self._gates() if g.bit_logits is not None]
+        for own, values in zip(gates, evidence.split([len(g.evidence) for g in gates]), strict=True):
+            own.evidence.copy_(values)
+
+    @torch.no_grad()
     def write(self, before: GateLogits, logits: GateLogits) -> None:
         """Put logits into the layers where they are not what was read before."""
         changed_widths = (before.widths != logits.widths).any(dim=1)

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from rankbits.quant.grid import GATED_WIDTHS
 from rankbits.training.gate_table import pressed_probability
-from rankbits.training.phase import BudgetPhase
 from rankbits.training.weighting import stored_numbers
 from rankbits.tuners.bayesian_lora import BayesianLoraLinear, GatePhase, learning_adapters
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
@@ -71,7 +70,7 @@ def _loss(adapters: list[tuple[BayesianLoraLinear, str, LayerGates]]) -> Tensor:
             terms.append(phase.lambda_q * bit_penalty(widths, _on(widths, _weights(layer, name, phase))))
         if ranks is not None and phase.lambda_r:
             terms.append(phase.lambda_r * rank_penalty(ranks))
-        if isinstance(phase, BudgetPhase) and phase.pressure is not None:
+        if phase.pressure is not None:
             terms.append(pressed_probability(gates, *phase.pressure))
     if not terms:
         return torch.zeros(())
@@ -80,7 +79,7 @@ def _loss(adapters: list[tuple[BayesianLoraLinear, str, LayerGates]]) -> Tensor:
 
 def _weights(layer: BayesianLoraLinear, name: str, phase: GatePhase) -> Tensor | float:
     """Cost of each link of a layer's width gates."""
-    if isinstance(phase, BudgetPhase) and phase.largest_stored is not None:
+    if phase.largest_stored is not None:
         return size_weights(stored_numbers(layer, name), phase.largest_stored)
     return 1.0 if phase.largest_macs is None else size_weights(layer.macs_per_row(name), phase.largest_macs)
 

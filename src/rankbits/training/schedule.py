@@ -20,9 +20,8 @@ from rankbits.training.budget import (
     allocation_of,
     budgets_of,
 )
-from rankbits.training.phase import BudgetPhase
 from rankbits.training.weighting import Penalty, PenaltyOptions, PenaltyReduction, PenaltyWeighting, stored_numbers
-from rankbits.tuners.bayesian_lora import BayesianLoraLinear, adapted_layers, learning_adapters, summarize
+from rankbits.tuners.bayesian_lora import BayesianLoraLinear, GatePhase, adapted_layers, learning_adapters, summarize
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
 
 USUAL_LAMBDA = 1e-3
@@ -169,11 +168,11 @@ class GateSchedule:
         """Number of steps of the ramp and hold phases together."""
         return max(self.fixed_from - self.warmup_steps, 0)
 
-    def phase(self) -> BudgetPhase:
+    def phase(self) -> GatePhase:
         """What holds for the next optimizer step."""
         share = penalty_fraction(self.completed_steps / self.total_steps, warmup=self.warmup, ramp=self.ramp)
         fixed = self.fixed_from < self.total_steps and self.completed_steps >= self.fixed_from
-        return BudgetPhase(
+        return GatePhase(
             lambda_q=0.0 if fixed else share * self.lambda_q,
             lambda_r=0.0 if fixed else share * self.lambda_r,
             fixed=fixed,

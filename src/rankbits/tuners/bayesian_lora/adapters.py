@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -28,6 +28,9 @@ class GatePhase:
         fixed: gates are thresholded and no longer trained.
         largest_macs: if given, widths are penalised by bit operations, relative to the tensor with this many
             multiply-accumulates per row; else all alike.
+        largest_stored: if given, widths are penalised by stored bytes, relative to the tensor with this many numbers.
+        pressure: weights of the probability of each width gate [sites, 4] and rank gate [r - 1] of the layer in the
+            penalty; None while no budget presses.
         measures: gates stand as at inference, and what closing each would cost is measured.
     """
 
@@ -35,6 +38,8 @@ class GatePhase:
     lambda_r: float = 0.0
     fixed: bool = False
     largest_macs: int | None = None
+    largest_stored: int | None = None
+    pressure: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
     measures: bool = False
 
 

@@ -78,7 +78,8 @@ class LayerGates(Float32State):
         widths = (sites, len(GATED_WIDTHS))
         self.bit_logits = nn.Parameter(torch.full(widths, initial_bit_logit)) if sites else None
         self.rank_logits = nn.Parameter(torch.full((rank - 1,), initial_rank_logit)) if rank is not None else None
-        self.register_buffer("evidence", torch.zeros(widths))
+        # Part of learning and not of the adapter: the schedule keeps it in its own state.
+        self.register_buffer("evidence", torch.zeros(widths), persistent=False)
 
     def values(self, *, hard: bool) -> GateValues:
         """Gate values of one pass; noise, where there is any, is drawn from the default generator."""
