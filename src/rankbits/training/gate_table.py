@@ -137,7 +137,8 @@ class GateTable:
             gates = layer.gates_of(name)
             if gates is None:
                 continue
-            device = next(p.device for p in gates.parameters())
+            # A layer may own no gates: all of them can be a sibling's.
+            device = layer.bayesian_lora_up[name].device
             if device not in moved:
                 moved[device] = widths.to(device), ranks.to(device)
             all_widths, all_ranks = moved[device]

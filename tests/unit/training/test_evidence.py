@@ -6,11 +6,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from rankbits import BayesianLoraConfig, GateSchedule, summarize
 from rankbits.errors import ScheduleError
 from rankbits.tuners.bayesian_lora import adapted_layers, learning_adapters
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 PHASES = (0.5, 0.25, 0.25)
 """By evidence only the warm-up counts."""
 
@@ -143,3 +145,24 @@ def test_the_trainer_s_callback_does_not_ask_for_faster_gates(recwarn) -> None:
         TrainingArguments("unused"), state, None, model=model, optimizer=optimizer
     )
     assert not [warning for warning in recwarn if issubclass(warning.category, RankbitsWarning)]
+
+
+@pytest.mark.parametrize("allocation", ["descent", "evidence"])
+def test_layers_whose_gates_are_all_a_sibling_s(allocation) -> None:
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=16))
+    tied = BayesianLoraConfig(
+        r=2,
+        target_modules=["query", "key", "value"],
+        placement="merged",
+        tie_groups="fused",
+        learn_rank=False,
+        calibration_passes=1,
+    )
+    model = get_peft_model(base, tied).train()
+    schedule = GateSchedule(model, 12, budget="bits=8", allocation=allocation, phases=(0.34, 0.2, 0.2))
+    for _ in range(12):
+        output = model(input_ids=torch.randint(0, 20, (4, 6)), labels=torch.tensor([0, 1, 0, 1]))
+        output.loss.backward()
+        schedule.step()
+    assert [entry.bits["weight"] for entry in summarize(model)] == [8, 8, 8]
