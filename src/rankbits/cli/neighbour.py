@@ -32,7 +32,7 @@ def find_neighbour(record: RunRecord, path: Path | None = None) -> tuple[RunReco
     if not stored.is_file():
         return None, f"plain LoRA's result on this work is not stored yet: {_HOW_TO_MAKE}"
     lora = RunRecord.read(stored)
-    different = differences(record.recipe, lora.recipe)
+    different = differences(record.recipe, _completed(lora.recipe))
     if different:
         listed = "; ".join(different)
         return None, f"plain LoRA's stored result is of other work ({listed}), so it is not shown: {_HOW_TO_MAKE} anew"
@@ -47,6 +47,18 @@ def differences(mine: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]
         for key in sorted(here.keys() | there.keys())
         if key not in _NOT_WORK and here.get(key) != there.get(key)
     ]
+
+
+def _completed(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A stored recipe with the keys that recipes have got since, at their defaults: what it always meant."""
+    from pydantic import ValidationError
+
+    from rankbits.recipes.schema import Recipe
+
+    try:
+        return Recipe.model_validate(dict(recipe)).model_dump()
+    except ValidationError:
+        return recipe
 
 
 def _flat(recipe: Mapping[str, Any]) -> dict[str, object]:

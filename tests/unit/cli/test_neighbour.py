@@ -6,6 +6,7 @@ import pytest
 
 from rankbits.cli.neighbour import differences, find_neighbour
 from rankbits.errors import RecordError
+from rankbits.records import recipe_hash
 
 
 def test_without_a_stored_result_it_says_how_to_make_one(tmp_path: Path, finished):
@@ -21,6 +22,21 @@ def test_the_same_work_is_shown_with_its_hash_and_seed(tmp_path: Path, finished)
     assert neighbour == lora
     assert lora.recipe_hash[:12] in note
     assert "seed 42" in note
+
+
+def test_a_stored_result_from_before_a_key_existed_is_of_the_same_work(tmp_path: Path, finished):
+    lora = finished("method=lora")
+    training = {key: value for key, value in lora.recipe["training"].items() if key != "group_by_length"}
+    recipe = {**lora.recipe, "training": training}
+    old = lora.model_copy(update={"recipe": recipe, "recipe_hash": recipe_hash(recipe)})
+    old.write(tmp_path / "lora.json")
+    assert find_neighbour(finished(), tmp_path / "lora.json")[0] == old
+    assert find_neighbour(finished("training.group_by_length=true"), tmp_path / "lora.json")[0] is None
+
+
+def test_the_result_that_is_shipped_is_of_the_quickstart_as_it_is(finished):
+    neighbour, note = find_neighbour(finished())
+    assert neighbour is not None, note
 
 
 @pytest.mark.parametrize(
