@@ -125,6 +125,13 @@ class AdapterSection(BaseModel):
     initial_bit_logit: float = Field(default=6.0, description="a finite number")
     initial_rank_logit: float = Field(default=6.0, description="a finite number")
 
+    @field_validator("placement")
+    @classmethod
+    def _placement_has_no_dropout(cls, placement: str, info: ValidationInfo) -> str:
+        if placement == "merged" and info.data.get("dropout"):
+            raise ValueError("separate where adapter.dropout is above 0: a merged update is part of the weight")
+        return placement
+
 
 class GatesSection(BaseModel):
     """How ranks and bits are learned: penalty, phases and rates. Phases are fractions of all optimizer steps."""

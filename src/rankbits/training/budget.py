@@ -140,6 +140,8 @@ class BudgetController:
         self.corners: list[tuple[float, float]] | None = None
         self._logits = self.table.read()
         refuse_unreachable(self.table, self.budgets, self.costs, pricing)
+        # What an earlier schedule measured was another state of the model.
+        self.table.set_evidence(torch.zeros_like(self.table.evidence()))
 
     def __str__(self) -> str:
         """The budgets as texts."""
@@ -163,7 +165,6 @@ class BudgetController:
         if completed_steps == self.start and self.allocation is Allocation.EVIDENCE:
             limits = [budget.limit for budget in self.budgets]
             self._replace(logits, decide(logits, self.table.evidence(), self.costs, limits))
-            self.corners = [(limit, limit) for limit in limits]
             return
         if completed_steps == self.end:
             self._replace(logits, enforce(logits, self.costs, [budget.limit for budget in self.budgets]))

@@ -18,6 +18,9 @@ MARGIN = 0.5
 RANK_MARGIN = 0.1
 """Least distance of the product of straight-through gates from one half."""
 
+LAST = 1e100
+"""Added to the wish for a gate that is to close after all others."""
+
 
 @dataclass
 class _Chains:
@@ -70,7 +73,7 @@ def enforce(
         costs: what is limited.
         limits: of each cost; reachable.
         evidence: [quantizers, 4], what closing each width gate costs; it takes the place of the distance of width
-            gates from their threshold, and ranks stay as they are.
+            gates from their threshold, and ranks close only where widths alone cannot meet a limit.
 
     Returns:
         Logits of the same shapes, changed only where a gate changes sides or lies next to its threshold.
@@ -79,7 +82,7 @@ def enforce(
         logits.open_widths(),
         logits.open_ranks(),
         (logits.widths - OPEN_LOGIT).double() if evidence is None else evidence.double(),
-        _rank_wish(logits) if evidence is None else torch.full_like(logits.ranks, torch.inf).double(),
+        _rank_wish(logits) + (0.0 if evidence is None else LAST),
     )
     _close(chains, costs, limits)
     _reopen(chains, costs, limits)

@@ -29,7 +29,7 @@ def decide(logits: GateLogits, evidence: Tensor, costs: Sequence[Cost], limits: 
     A gate is as far from its threshold as the logarithm of its own ratio is from that of the price.
 
     Args:
-        logits: as they are; ranks stay so.
+        logits: as they are; ranks close only where widths alone cannot meet the limits.
         evidence: [quantizers, 4], of any scale.
         costs: what is limited.
         limits: of each cost; reachable.

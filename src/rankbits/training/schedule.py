@@ -50,7 +50,7 @@ class GateSchedule:
         budget: what the hardened model may cost: a text such as "bops=0.25", "bytes=0.3", "bits=4" or "rank=2.5", a
             `Budget`, or several of them. The gates it presses are closed by a controller, and it is never exceeded.
         allocation: "evidence" chooses all widths when the warm-up ends, by what closing each gate was measured to cost
-            in its second half, and fixes them; ranks keep what no penalty takes. "descent" closes gates one after
+            in its second half, and fixes them; ranks close only where widths do not suffice. "descent" closes gates one after
             another in the penalised steps, by what sampled gates feel. None is "evidence", and "descent" if a budget
             limits ranks.
         lambda_q: penalty per expected open width gate (weight of R_q); None is 0.001, or 0 under any budget.
@@ -132,6 +132,11 @@ class GateSchedule:
                 raise ScheduleError(
                     f"{name}: given {value:g} together with the budget {controller}, which presses the same gates; "
                     "expected one of them"
+                )
+            if value and controller is not None and self.allocation is Allocation.EVIDENCE:
+                raise ScheduleError(
+                    f"{name}: given {value:g}, but under the budget {controller} allocation='evidence' fixes all gates "
+                    "when the warm-up ends, before any penalty acts; expected allocation='descent' beside a lambda"
                 )
         chosen = [(USUAL_LAMBDA if controller is None else 0.0) if value is None else value for value in given.values()]
         bits, ranks = _gate_counts(self.model) if penalty.reduction is PenaltyReduction.MEAN else (1, 1)

@@ -174,3 +174,10 @@ def test_budgets_are_texts_of_their_own_form(budget):
 def test_other_budgets_are_refused(budget):
     with pytest.raises(ValidationError):
         Recipe.model_validate(SMALLEST | {"gates": {"budget": budget}})
+
+
+def test_dropout_has_no_place_beside_a_merged_update():
+    raw = _with("adapter.placement", "merged")
+    Recipe.model_validate(raw)
+    raw["adapter"]["dropout"] = 0.1
+    assert _wrong_keys(raw) == {"adapter.placement"}

@@ -88,7 +88,10 @@ def test_a_lambda_beside_a_budget_of_the_same_gates_is_refused(adapted) -> None:
         GateSchedule(adapted(placement="merged"), 40, budget="bits=4", lambda_q=0.1)
     with pytest.raises(ScheduleError, match="lambda_r: given 0 together with the budget rank=2"):
         GateSchedule(adapted(), 40, budget="rank=2", lambda_r=0.0)
-    assert GateSchedule(adapted(placement="merged"), 40, budget="bits=4", lambda_r=0.5).lambda_r == 0.5
+    assert (
+        GateSchedule(adapted(placement="merged"), 40, budget="bits=4", allocation="descent", lambda_r=0.5).lambda_r
+        == 0.5
+    )
 
 
 def test_the_target_descends_from_the_cost_to_the_limit(adapted) -> None:

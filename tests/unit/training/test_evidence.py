@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from rankbits import BayesianLoraConfig, GateSchedule, summarize
 from rankbits.errors import ScheduleError
 from rankbits.tuners.bayesian_lora import adapted_layers, learning_adapters
+from rankbits.tuners.bayesian_lora.config import Site
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 PHASES = (0.5, 0.25, 0.25)
@@ -166,3 +167,26 @@ def test_layers_whose_gates_are_all_a_sibling_s(allocation) -> None:
         output.loss.backward()
         schedule.step()
     assert [entry.bits["weight"] for entry in summarize(model)] == [8, 8, 8]
+
+
+def test_a_budget_that_two_bits_alone_cannot_meet_takes_ranks_too() -> None:
+    model = _model(placement="separate", quantizers=[site.value for site in Site])
+    # All at 2 bits: 4 bit operations for each of 16 x 16 MACs of the weight and 2 x 16 for each rank.
+    costs = [4 * (16 * 16 + 32 * rank) / (16 * 16 * 256) for rank in (1, 2)]
+    schedule = GateSchedule(model, 20, budget=f"bops={sum(costs) / 2}", allocation="evidence", phases=PHASES)
+    _train(model, schedule, 20)
+    (state,) = schedule.budgets()
+    assert state.cost <= state.budget.limit
+    assert min(entry.rank for entry in summarize(model)) == 1
+
+
+def test_a_second_schedule_measures_afresh() -> None:
+    model = _model()
+    _train(model, GateSchedule(model, 20, budget="bits=6", phases=PHASES), 10)
+    GateSchedule(model, 20, budget="bits=6", phases=PHASES)
+    assert not any(gates.evidence.any() for _, _, gates in learning_adapters(model))
+
+
+def test_a_lambda_that_would_never_act_is_refused() -> None:
+    with pytest.raises(ScheduleError, match=r"lambda_r: given 0.1, but .* fixes all gates"):
+        GateSchedule(_model(), 20, budget="bits=6", lambda_r=0.1, phases=PHASES)

@@ -188,12 +188,10 @@ class BayesianLoraLinear(GatedAdapters):
             update = (up * diagonal) @ down * self.scaling[adapter_name]
             return self.oriented(weight).to(torch.float32) + update
 
-    def _rounded_sum(
-        self, adapter_name: str, weight: Tensor, gates: GateValues | None, *, record: bool = True
-    ) -> Tensor:
+    def _rounded_sum(self, adapter_name: str, weight: Tensor, gates: GateValues | None) -> Tensor:
         """Q_w(W0 + s B diag(E g) A) in the dtype of the base weight: what runs, and what merging writes."""
         total = self._sum(adapter_name, weight, gates)
-        return self._quantize(adapter_name, Site.WEIGHT, total, gates, record=record).to(weight.dtype)
+        return self._quantize(adapter_name, Site.WEIGHT, total, gates).to(weight.dtype)
 
     def check_mergeable(self, adapter_names: list[str]) -> None:
         """Raise MergeError where no single weight computes what the layer computes (quantized activations).
