@@ -50,9 +50,9 @@ class GateSchedule:
         budget: what the hardened model may cost: a text such as "bops=0.25", "bytes=0.3", "bits=4" or "rank=2.5", a
             `Budget`, or several of them. The gates it presses are closed by a controller, and it is never exceeded.
         allocation: "evidence" chooses all widths when the warm-up ends, by what closing each gate was measured to cost
-            in its second half, and fixes them; ranks close only where widths do not suffice. "descent" closes gates one after
-            another in the penalised steps, by what sampled gates feel. None is "evidence", and "descent" if a budget
-            limits ranks.
+            in its second half, and fixes them; ranks close only where widths do not suffice. "descent" closes gates one
+            after another in the penalised steps, by what sampled gates feel. None is "evidence", and "descent" if a
+            budget limits ranks.
         lambda_q: penalty per expected open width gate (weight of R_q); None is 0.001, or 0 under any budget.
         lambda_r: penalty per expected open rank (weight of R_r); None is 0.001, or 0 under any budget: idle gates close
             whatever the size of a penalty, and what no budget asks for need not be given up.
