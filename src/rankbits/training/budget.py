@@ -25,7 +25,7 @@ from rankbits.errors import RecipeError, ScheduleError
 from rankbits.gates.hard_concrete import OPEN_LOGIT
 from rankbits.training.cost_terms import Amounts, delivered, expected
 from rankbits.training.enforcement import enforce
-from rankbits.training.evidence import decide
+from rankbits.training.evidence import decide, shrunk
 from rankbits.training.gate_table import GateLogits, GateTable
 from rankbits.training.model_cost import ModelCost
 from rankbits.training.reach import refuse_unreachable
@@ -164,7 +164,8 @@ class BudgetController:
         logits = self.table.read()
         if completed_steps == self.start and self.allocation is Allocation.EVIDENCE:
             limits = [budget.limit for budget in self.budgets]
-            self._replace(logits, decide(logits, self.table.evidence(), self.costs, limits))
+            evidence = shrunk(self.table.evidence(), self.table.sites())
+            self._replace(logits, decide(logits, evidence, self.costs, limits))
             return
         if completed_steps == self.end:
             self._replace(logits, enforce(logits, self.costs, [budget.limit for budget in self.budgets]))

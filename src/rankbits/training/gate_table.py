@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rankbits.gates import chain, hard_concrete
 from rankbits.tuners.bayesian_lora import BayesianLoraLinear, learning_adapters
-from rankbits.tuners.bayesian_lora.config import RankGate
+from rankbits.tuners.bayesian_lora.config import RankGate, Site
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
 
 WIDTH_GATES = 4
@@ -85,6 +85,12 @@ class GateTable:
     def rank_slot(self, layer: BayesianLoraLinear, adapter: str) -> int | None:
         """Row of the matrix of ranks that is a layer's; None if its rank is not learned."""
         return self._rank_slot.get((id(layer), adapter))
+
+    def sites(self) -> Tensor:
+        """[quantizers] int64 on the host: which of `Site` each row of the width gates stands for."""
+        kinds = list(Site)
+        rows = [layer.rows_of(name) for layer, name in self.holders if (id(layer), name) in self._width_start]
+        return torch.tensor([kinds.index(site) for sites in rows for site in sites], dtype=torch.int64)
 
     @torch.no_grad()
     def read(self) -> GateLogits:

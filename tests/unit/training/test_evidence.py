@@ -10,6 +10,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from rankbits import BayesianLoraConfig, GateSchedule, summarize
 from rankbits.errors import ScheduleError
+from rankbits.training.evidence import TRUST, shrunk
+from rankbits.training.gate_table import GateTable
 from rankbits.tuners.bayesian_lora import adapted_layers, learning_adapters
 from rankbits.tuners.bayesian_lora.config import Site
 
@@ -190,3 +192,31 @@ def test_a_second_schedule_measures_afresh() -> None:
 def test_a_lambda_that_would_never_act_is_refused() -> None:
     with pytest.raises(ScheduleError, match=r"lambda_r: given 0.1, but .* fixes all gates"):
         GateSchedule(_model(), 20, budget="bits=6", lambda_r=0.1, phases=PHASES)
+
+
+def test_evidence_is_drawn_towards_that_of_the_same_gate_at_the_same_site() -> None:
+    evidence = torch.tensor([[1.0, 8.0, 0.0, 2.0], [16.0, 8.0, 0.0, 0.0], [5.0, 3.0, 0.0, 7.0]])
+    values = shrunk(evidence, torch.tensor([0, 0, 4]))
+    assert torch.allclose(values[0, 0], torch.tensor(4.0 * 0.25**TRUST, dtype=torch.float64))
+    assert torch.allclose(values[1, 0], torch.tensor(4.0 * 4.0**TRUST, dtype=torch.float64))
+    assert torch.allclose(values[:2, 1], torch.tensor(8.0, dtype=torch.float64))
+    assert torch.equal(values[:, 2], torch.zeros(3, dtype=torch.float64))
+    assert torch.allclose(values[[0, 1], 3], torch.tensor([2.0, 0.0], dtype=torch.float64))
+    assert torch.allclose(values[2], evidence[2].double())
+
+
+def test_shrinking_keeps_the_order_within_a_site_and_the_scale() -> None:
+    evidence = torch.rand(12, 4, generator=torch.Generator().manual_seed(1)) + 0.01
+    sites = torch.tensor([0, 7]).repeat(6)
+    values = shrunk(evidence, sites)
+    for site in (0, 7):
+        assert torch.equal(values[sites == site].argsort(dim=0), evidence[sites == site].argsort(dim=0))
+    assert torch.allclose(shrunk(1e6 * evidence, sites), 1e6 * values)
+
+
+def test_rows_of_gates_know_their_sites() -> None:
+    model = _model(quantizers=["weight", "input"])
+    kinds = [list(Site)[index] for index in GateTable(model).sites().tolist()]
+    expected = [site for layer, name, _ in learning_adapters(model) for site in layer.rows_of(name)]
+    assert kinds == expected
+    assert {Site.WEIGHT, Site.INPUT} <= set(kinds)
