@@ -19,6 +19,8 @@ ONE_SEED_TASKS = ("cola", "rte")
 BUDGETS = (0.5, 0.25, 0.1875, 0.125, 0.09375, 0.0625)
 """Bit operations of the adapted layers as a share of their 16-bit reference; a quarter of it is of the 32-bit one."""
 CLAIMED = (0.25, 0.125)
+TIGHT = 0.0625
+"""What 2-bit weights and 8-bit inputs everywhere would cost: here it shows whether it matters which layer gets what."""
 NARROW, BYTES = 0.125, 0.3
 """From this budget on the weights may also take no more bytes than that share of their 16-bit ones."""
 VARIANTS = ("q", "q-ra")
@@ -209,9 +211,10 @@ def _all() -> list[Point]:
         for b in BUDGETS
         for t in CURVE_TASKS
     ]
-    points += [uniform(t, (4, 8), "group", s) for s in SEEDS for t in CURVE_TASKS]
-    points += [permuted(t, 0.125, s) for s in SEEDS for t in CURVE_TASKS]
-    points += [uniform(t, w, "group", FIRST_SEED) for w in ((8, 8), (2, 8), (4, 4)) for t in CURVE_TASKS]
+    points += [uniform(t, w, "group", s) for w in ((4, 8), (2, 8)) for s in SEEDS for t in CURVE_TASKS]
+    points += [learned(t, "q-ra", DEFAULT_PLACEMENT, TIGHT, s) for s in SEEDS for t in CURVE_TASKS]
+    points += [permuted(t, TIGHT, s) for s in SEEDS for t in CURVE_TASKS]
+    points += [uniform(t, w, "group", FIRST_SEED) for w in ((8, 8), (4, 4)) for t in CURVE_TASKS]
     points += [adalora(t, s) for s in SEEDS for t in CURVE_TASKS]
     points += [paper(t, FIRST_SEED) for t in CURVE_TASKS]
     points += [foreign(t, FIRST_SEED) for t in CURVE_TASKS]

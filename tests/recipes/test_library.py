@@ -18,6 +18,8 @@ PAPER = {
     "stsb": (25, 2.2e-3, 32),
 }
 DECODER = ("gsm8k", "e2e_nlg")
+BUDGET = ("stsb", "mrpc", "sst2", "cola", "rte")
+LETTER = ("stsb", "mrpc")
 MODELS = {"minilm": "minilm", "deberta-v3-base": "microsoft/deberta-v3-base"}
 
 
@@ -31,7 +33,24 @@ def test_every_recipe_is_valid_with_both_methods(name: str, method: str):
 
 def test_the_library_holds_the_quickstart_glue_for_both_encoders_and_the_decoder():
     glue = {f"glue/{model}/{task}" for model in MODELS for task in GLUE}
+    glue |= {f"glue/minilm-budget/{task}" for task in BUDGET} | {f"glue/minilm-paper/{task}" for task in LETTER}
     assert set(shipped.names()) == {"quickstart", *glue, *(f"{task}-smollm2" for task in DECODER)}
+
+
+@pytest.mark.parametrize("task", BUDGET)
+def test_the_default_recipe_is_one_for_all_tasks(task: str):
+    recipe = load(f"glue/minilm-budget/{task}")
+    first = load(f"glue/minilm-budget/{BUDGET[0]}")
+    assert (recipe.model, recipe.adapter, recipe.gates) == ("minilm", first.adapter, first.gates)
+    assert recipe.training.model_copy(update={"epochs": first.training.epochs}) == first.training
+    assert recipe.adapter.quantizers == ["weight", "input"]
+
+
+@pytest.mark.parametrize("task", LETTER)
+def test_the_letter_of_the_paper_has_its_penalties_and_no_phases(task: str):
+    gates = load(f"glue/minilm-paper/{task}").gates
+    assert (gates.lambda_q, gates.lambda_r, gates.reduction) == (1, 1, "sum")
+    assert (gates.warmup, gates.ramp, gates.fixed, gates.budget) == (0, 0, 0, None)
 
 
 @pytest.mark.parametrize("task", GLUE)

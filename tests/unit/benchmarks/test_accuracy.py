@@ -12,6 +12,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
+from rankbits.recipes.load import load
 from rankbits.tuners.bayesian_lora import BayesianLoraConfig, summarize
 
 FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "accuracy"
@@ -46,6 +47,23 @@ def test_learned_points_cover_both_placements_both_variants_and_six_budgets(stud
     wanted = {f"{v}-{p}-bops{b:g}" for v in ("q", "q-ra") for p in ("separate", "merged") for b in points.BUDGETS}
     assert len(wanted) == 24
     assert wanted <= labels
+
+
+@pytest.mark.parametrize("task", ["stsb", "mrpc", "cola", "rte"])
+def test_the_shipped_recipe_is_the_one_whose_results_are_stored(study, task) -> None:
+    points, work = study.load("points"), study.load("work")
+    studied = work.recipe_of(points.learned(task, "q-ra", points.DEFAULT_PLACEMENT, 0.125, 42))
+    shipped = load(f"glue/minilm-budget/{task}")
+    for section in ("model", "method", "task", "adapter", "gates", "training"):
+        assert getattr(shipped, section) == getattr(studied, section)
+
+
+@pytest.mark.parametrize("task", ["stsb", "mrpc"])
+def test_the_shipped_letter_of_the_paper_is_the_one_whose_results_are_stored(study, task) -> None:
+    points, work = study.load("points"), study.load("work")
+    studied, shipped = work.recipe_of(points.paper(task, 42)), load(f"glue/minilm-paper/{task}")
+    for section in ("model", "method", "task", "adapter", "gates", "training"):
+        assert getattr(shipped, section) == getattr(studied, section)
 
 
 def test_all_methods_share_rows_steps_rate_and_modules(study) -> None:

@@ -197,7 +197,7 @@ def test_extends_that_is_no_name(write):
 
 def test_a_recipe_that_does_not_exist_names_the_nearest():
     assert "nearest shipped: quickstart" in _message("quickstrat")
-    assert "glue/minilm/stsb" in _message("stsb")
+    assert "glue/minilm-budget/stsb" in _message("stsb")
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path):

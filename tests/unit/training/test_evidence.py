@@ -220,3 +220,24 @@ def test_rows_of_gates_know_their_sites() -> None:
     expected = [site for layer, name, _ in learning_adapters(model) for site in layer.rows_of(name)]
     assert kinds == expected
     assert {Site.WEIGHT, Site.INPUT} <= set(kinds)
+
+
+def test_while_gates_are_measured_ranges_follow_the_largest_magnitude_and_nothing_is_clipped() -> None:
+    model = _model(quantizers=["weight", "input"])
+    schedule = GateSchedule(model, 8, budget="bits=6", allocation="evidence", phases=(0.5, 0.0, 0.5))
+    _train(model, schedule, 2)
+    assert schedule.phase().measures
+    (layer, name, _), *_ = learning_adapters(model)
+    quantizer = layer.quantizer_of(name, Site.INPUT)
+    assert all(not q.log_range.requires_grad for q in layer.quantizers_of(name).values())
+    x = 10.0 * torch.randn(32, 16)
+    assert float(x.abs().max()) > float(quantizer.log_range.detach().exp())
+    seen = layer._read(name, x, layer._pass_gates(name))
+    assert torch.allclose(quantizer.range_.detach(), x.abs().max(), rtol=1e-6)
+    assert torch.allclose(seen, x, rtol=1e-6)
+    _train(model, schedule, 2)
+    ranges = {site: q.log_range.requires_grad for site, q in layer.quantizers_of(name).items()}
+    assert ranges == {"weight": False, "input": True}
+    before = float(quantizer.log_range.detach())
+    layer._read(name, 2.0 * x, layer._pass_gates(name))
+    assert float(quantizer.log_range.detach()) == before

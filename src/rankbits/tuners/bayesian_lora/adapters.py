@@ -242,7 +242,8 @@ class GatedAdapters(AdapterLinear, ABC):
     def set_phase(self, adapter_name: str, phase: GatePhase, completed_steps: int) -> None:
         """Enter a phase of the schedule; a fixed phase freezes the gates, whatever later activates the adapter.
 
-        It also fits the ranges of the weight to the widths that are now known, and freezes them.
+        It also fits the ranges of the weight to the widths that are now known, and freezes them. While closing gates is
+        measured, no range is trained.
         """
         begins = phase.fixed and not self.phase[adapter_name].fixed
         self.phase[adapter_name] = phase
@@ -255,12 +256,15 @@ class GatedAdapters(AdapterLinear, ABC):
             self.frozen_peft_weight_names[adapter_name] = ("bayesian_lora_gates",)
         else:
             self.frozen_peft_weight_names.pop(adapter_name, None)
-        gates, ranges = self.gates_of(adapter_name), self._weight_ranges(adapter_name)
+        gates = self.gates_of(adapter_name)
         if gates is not None and adapter_name in self.active_adapters and not self.disable_adapters:
             gates.requires_grad_(not phase.fixed)
             gates.measures = phase.measures
-            if ranges is not None:
-                ranges.requires_grad_(not phase.fixed)
+            for site, quantizer in self.quantizers_of(adapter_name).items():
+                # While gates are measured ranges follow the largest magnitude: with all bits there is next to no
+                # gradient by a range, and an optimizer that normalises it would let the range drift.
+                still = phase.measures or (phase.fixed and site == Site.WEIGHT.value)
+                quantizer.requires_grad_(not still)
 
     def _weight_ranges(self, adapter_name: str) -> Tensor | None:
         quantizer = self.quantizers_of(adapter_name).get(Site.WEIGHT.value)

@@ -43,6 +43,9 @@ class BayesianLoraLinear(GatedAdapters):
         if isinstance(quantizer, FixedQuantizer) or gates is None:
             return quantizer(x)  # type: ignore[no-any-return]
         widths = self._widths(adapter_name, site, gates)
+        if record and self.training and self.phase[adapter_name].measures:
+            # What is measured is the cost of closing gates, so nothing may be clipped while the model still moves.
+            quantizer.cover(x)
         return quantizer(x, widths, hard=gates.hard) if record else quantizer.rounded(x, widths)
 
     def _widths(self, adapter_name: str, site: Site, gates: GateValues) -> Tensor:
