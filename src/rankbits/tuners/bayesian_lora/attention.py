@@ -79,7 +79,8 @@ def _probabilities(
 ) -> Tensor:
     """What the model's own attention would multiply the values with, whatever goes into its softmax."""
     # Values of no width make its second product one of nothing.
-    _, probabilities = own(module, query, key, value[..., :0], *args, dropout=0.0, **kwargs)
+    nothing = value.new_empty((*value.shape[:-1], 0))
+    _, probabilities = own(module, query, key, nothing, *args, dropout=0.0, **kwargs)
     assert probabilities is not None
     return probabilities
 
