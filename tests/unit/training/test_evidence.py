@@ -13,7 +13,7 @@ from rankbits.errors import ScheduleError
 from rankbits.training.evidence import TRUST, shrunk
 from rankbits.training.gate_table import GateTable
 from rankbits.tuners.bayesian_lora import adapted_layers, learning_adapters
-from rankbits.tuners.bayesian_lora.config import Site
+from rankbits.tuners.bayesian_lora.config import PAPER_SITES, Site
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 PHASES = (0.5, 0.25, 0.25)
@@ -172,7 +172,7 @@ def test_layers_whose_gates_are_all_a_sibling_s(allocation) -> None:
 
 
 def test_a_budget_that_two_bits_alone_cannot_meet_takes_ranks_too() -> None:
-    model = _model(placement="separate", quantizers=[site.value for site in Site])
+    model = _model(placement="separate", quantizers=[*PAPER_SITES, Site.INPUT])
     # All at 2 bits: 4 bit operations for each of 16 x 16 MACs of the weight and 2 x 16 for each rank.
     costs = [4 * (16 * 16 + 32 * rank) / (16 * 16 * 256) for rank in (1, 2)]
     schedule = GateSchedule(model, 20, budget=f"bops={sum(costs) / 2}", allocation="evidence", phases=PHASES)

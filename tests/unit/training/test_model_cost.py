@@ -19,7 +19,7 @@ from rankbits import BayesianLoraConfig, Budget, GateSchedule, cost, harden, sum
 from rankbits.errors import ScheduleError
 from rankbits.records import CostRecord
 from rankbits.tuners.bayesian_lora import adapted_layers, learning_adapters
-from rankbits.tuners.bayesian_lora.config import Site
+from rankbits.tuners.bayesian_lora.config import PAPER_SITES, Site
 
 LENGTH = 16
 SIZES: dict[str, Any] = {
@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 50,
     "max_position_embeddings": 64,
 }
-ALL_SITES = [site.value for site in Site if site is not Site.PROBABILITIES]
+ALL_SITES = [*PAPER_SITES, Site.INPUT]
 
 
 def _bert() -> nn.Module:

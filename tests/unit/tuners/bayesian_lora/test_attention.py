@@ -461,6 +461,18 @@ def test_the_attentions_that_are_shown_are_quantized() -> None:
     assert all(len(probabilities.unique()) <= 4 for probabilities in shown)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@torch.no_grad()
+def test_a_hardened_model_is_one_graph() -> None:
+    torch.manual_seed(0)
+    model = _calibrated(_attach(_llama()))
+    GateSchedule(model, 10).step()
+    harden(model)
+    expected = _output(model)
+    compiled = torch.compile(model.get_base_model(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(_output(compiled, **_inputs(model)), expected, rtol=1e-5, atol=1e-6)
+
+
 class _Scaled(nn.Module):
     """An attention whose own function does more than multiply probabilities and values."""
 
