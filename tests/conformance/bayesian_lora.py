@@ -63,13 +63,22 @@ ALL_ON = cases.Method(
     },
     narrow=AUTOCAST,
 )
+ATTENTION = cases.Method(
+    BayesianLoraConfig,
+    {**SMALL, "quantizers": ["weight"], "quantize_attention": True},
+    decoder={**DECODER, "target_modules": ["q_proj", "k_proj", "v_proj"]},
+    both_active=False,
+    drop=LEARNED_BITS,
+)
+"""Only decoders have attention."""
 
 
 def refuses(config_class: type, kwargs: Mapping[str, Any]) -> bool:
     """Whether the method refuses to merge an adapter with this config."""
     if config_class is not BayesianLoraConfig or not kwargs.get("learn_bits", True):
         return False
-    return not ACTIVATIONS.isdisjoint(kwargs.get("quantizers") or ACTIVATIONS)
+    quantized = kwargs.get("quantizers") or ACTIVATIONS
+    return bool(kwargs.get("quantize_attention")) or not ACTIVATIONS.isdisjoint(quantized)
 
 
 harness.skip_merging(refuses, cases.REFUSED)

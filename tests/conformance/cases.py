@@ -98,7 +98,7 @@ def config(method: Method) -> harness.Cases:
 
 def decoder(method: Method) -> harness.Cases:
     """Two decoders, with the targets that PEFT knows for their model type."""
-    row = method.row(task_type="CAUSAL_LM", target_modules=None, **method.decoder)
+    row = method.row(task_type="CAUSAL_LM", **{"target_modules": None, **method.decoder})
     paths = [pytest.param(models.gated(), id="gated"), pytest.param(models.opt(), id="opt")]
     return harness.Cases(
         ([(method.config, row)], paths), 65, method.drop.get("decoder", {}), method.narrow.get("decoder", {})

@@ -1,4 +1,4 @@
-"""PEFT's own tests over Bayesian-LoRA: rank only and with quantized weights, which merge exactly, and with all on."""
+"""PEFT's own tests over Bayesian-LoRA: rank only, with quantized weights, with all on, and with quantized attention."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rankbits.errors import MergeError
 globals().update(cases.classes("RankOnly", bayesian_lora.RANK_ONLY))
 globals().update(cases.classes("WeightBits", bayesian_lora.WEIGHT_BITS))
 globals().update(cases.classes("AllOn", bayesian_lora.ALL_ON))
+TestQuantizedAttentionDecoder = harness.conformance("decoder", cases.decoder(bayesian_lora.ATTENTION))
 
 
 @pytest.mark.parametrize("mode", [bayesian_lora.RANK_ONLY, bayesian_lora.WEIGHT_BITS, bayesian_lora.ALL_ON])

@@ -57,6 +57,7 @@ MODELS: dict[str, tuple[Any, Any, Head, tuple[str, ...]]] = {
     ),
     "t5": (T5ForConditionalGeneration, T5, Head.LANGUAGE_MODEL, ("q", "k", "wi")),
 }
+ATTENTION = {"bert": ("query", "key", "value"), "llama": ("q_proj", "k_proj", "v_proj"), "t5": ("q", "k", "v")}
 SITES = ("weight", "output", "input")
 GATED = (4, 8, 16, 32)
 COUNTED = {"sequence_length": TOKENS, "batch": BATCH}
@@ -74,6 +75,7 @@ def _learned(name: str, spec: MethodSpec) -> Any:
         placement=spec.placement.value,
         granularity=spec.granularity.value,
         group_size=spec.group_size,
+        quantize_attention=spec.quantize_attention,
         calibration_passes=1,
         init_weights=False,
     )
@@ -165,6 +167,27 @@ def test_as_it_trains_the_update_is_a_product_of_its_own(name: str) -> None:
     for product in forming:
         layer = layers[product.module]
         assert product.macs == RANK * layer.in_features * layer.out_features, "whatever the number of tokens"
+
+
+@pytest.mark.parametrize("form", ["as it is", "hardened", "merged"])
+@pytest.mark.parametrize("placement", Placement)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_both_operands_of_a_quantized_attention_have_their_widths(name: str, placement: Placement, form: str) -> None:
+    spec = _spec(name, placement, quantize_attention=True)
+    spec = replace(spec, targets=ATTENTION[name], sites=tuple(site for site in spec.sites if site != "output"))
+    model = _learned(name, spec)
+    learned = _as_learned(model, spec)
+    if form == "hardened":
+        harden(model)
+    if form == "merged" and placement is Placement.MERGED:
+        model.merge_adapter()
+    record = cost(model, **COUNTED)
+    expected = _predicted(name, record, learned)
+    assert _products(record) == _products(expected)
+    assert _weights(record) == _weights(expected)
+    attended = [product for product in record.products if product.op in {"scores", "context"}]
+    assert len(attended) == {"bert": 4, "llama": 4, "t5": 6}[name]
+    assert all(product.bits_left <= 16 and product.bits_right <= 16 for product in attended)
 
 
 @pytest.mark.parametrize("granularity", Granularity)

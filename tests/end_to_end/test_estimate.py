@@ -60,6 +60,7 @@ CASES = {
     "bits alone": ("bert", ["adapter.learn_rank=false"]),
     "ranks alone": ("bert", ["adapter.learn_bits=false"]),
     "few quantizers": ("bert", ["adapter.quantizers=[input,up]"]),
+    "a quantized attention": ("bert", ["adapter.targets=[query,key,value]", "adapter.quantize_attention=true"]),
     "usual targets": ("deberta", ["adapter.targets=null"]),
     "two modules named classifier": ("distilbert", ["adapter.targets=[q_lin,lin1]"]),
     "a head of two layers": ("roberta", ["adapter.targets=[key]", "adapter.r=3"]),

@@ -169,6 +169,18 @@ def test_each_form_of_the_weight_quantizer_keeps_what_its_formula_says(
     assert found.kept + found.logits == kept_bytes(settled(model, inputs), inputs)[0]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("family", TARGETS)
+def test_a_quantized_attention_keeps_what_its_formula_says(family: str, dropout: float) -> None:
+    model, shape, inputs = build(family, dropout=dropout)
+    changes: dict[str, Any] = {"quantize_attention": True}
+    model = adapt(model, family, Method.BAYESIAN_LORA, quantizers=["weight", "input"], **changes)
+    spec = described(family, Method.BAYESIAN_LORA, sites=("weight", "input"), **changes)
+    settings = TrainingSettings(batch=BATCH, sequence_length=LENGTH, dropout=dropout > 0 and family == "bert")
+    found = forward_bytes(shape, spec, settings)
+    assert found.kept + found.logits == kept_bytes(settled(model, inputs), inputs)[0]
+
+
 @pytest.mark.parametrize(("family", "method"), CASES)
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision_is_within_a_seventh(family: str, method: Method, autocast: bool) -> None:

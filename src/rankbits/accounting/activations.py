@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rankbits.accounting.adapter_activations import keep_adapter
+from rankbits.accounting.adapter_activations import EAGER_COPIES, keep_adapter
 from rankbits.accounting.ledger import Ledger
 from rankbits.accounting.methods import extra_keys, extra_tokens
 from rankbits.accounting.params import targeted
-from rankbits.accounting.quantizers import owned
+from rankbits.accounting.quantizers import PROBABILITIES, owned
 from rankbits.accounting.settings import TrainingSettings
 from rankbits.accounting.spec import (
     Activation,
@@ -186,7 +186,8 @@ class _Walk:
 
     @property
     def _fused(self) -> bool:
-        return self.settings.attention == "sdpa" and not (self.dropout and self.settings.device == "cpu")
+        unfused = self.spec.quantizes_attention or (self.dropout and self.settings.device == "cpu")
+        return self.settings.attention == "sdpa" and not unfused
 
     def _attention(self, part: Attention) -> None:
         rows, keys = self.rows(part.rows), self.settings.sequence_length + extra_keys(self.spec)
@@ -219,6 +220,11 @@ class _Walk:
             self.ledger.keep(*([scores // self.width * INDEX_BYTES] * compared if self.flows else ()))
         if self.flows:
             self.ledger.keep(queries, keys, keys, *([scores] * maps))
+        if part.values in self.adapted and PROBABILITIES in self.adapted[part.values].quantizers:
+            # What goes into the quantizer is kept by the softmax anyway, what comes out by the product; dropout between
+            # the two keeps its noise alone.
+            self.ledger.keep(scores if self.flows and not self.dropout else 0)
+            self.ledger.write(*[scores] * (1 if self.settings.compiled else 1 + EAGER_COPIES))
 
 
 def forward_bytes(shape: ModelShape, spec: MethodSpec, settings: TrainingSettings) -> PassBytes:

@@ -133,6 +133,8 @@ def _gate_bytes(linear: Linear, spec: MethodSpec, own: Owned) -> list[int]:
     # A tied width is sampled for each layer anew; a shared input is quantized, and its width sampled, once.
     gates = len(sites) * GATES_PER_QUANTIZER * FLOAT
     kept = [gates] * 4 + [FLOAT * sum(ranges(linear, site, spec) for site in sites)]
+    # What an attention rounds is drawn there once more: it does not know what the layer drew.
+    kept += [len(own.attended) * GATES_PER_QUANTIZER * FLOAT] * 3
     if "diagonal" in sites:
         kept.append(rank * FLOAT)
     if spec.learn_rank and rank > 1:

@@ -8,7 +8,7 @@ attention He et al. 2021 (Eq. 4), the count of both Bayesian-LoRA, appendix D, w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 
 from rankbits.accounting.methods import (
@@ -21,7 +21,7 @@ from rankbits.accounting.methods import (
     sublayer_products,
 )
 from rankbits.accounting.params import targeted
-from rankbits.accounting.quantizers import Owned, kept_activations, owned
+from rankbits.accounting.quantizers import PROBABILITIES, Owned, kept_activations, owned
 from rankbits.accounting.spec import Activation, Attention, Convolution, Linear, MethodSpec, ModelShape, Norm, Rows
 from rankbits.accounting.widths import with_widths
 from rankbits.errors import ModelError
@@ -74,6 +74,9 @@ def elements(shape: ModelShape, options: CountOptions, spec: MethodSpec | None =
             rows = row_count(part.rows, options) + _position_rows(part, options)
             work += adapter_elements(part, beside, rows) if beside is not None else []
             work += _quantizer_elements(part, quantizing, own[part.name], rows)
+        elif isinstance(part, Attention) and PROBABILITIES in _learned_sites(part.values, quantizing, own):
+            elements = part.heads * _pairs(part, options)
+            work.append(ElementWork(module=part.values, op="quantizer", elements=elements))
     if beside is not None:
         work += sublayer_elements(shape, beside, *_stack_rows(options))
     return [entry for entry in work if entry.elements]
@@ -300,8 +303,7 @@ def _part_elements(part: object, hidden: int, options: CountOptions) -> Iterator
 
 
 def _attention_elements(attention: Attention, hidden: int, options: CountOptions) -> Iterator[ElementWork]:
-    spans = _spans(attention, options, 0)
-    pairs = sum(sequences * queries * _seen(attention, queries, keys) for sequences, queries, keys in spans)
+    pairs = _pairs(attention, options)
     rows = row_count(attention.rows, options)
     for op in ("scale", "softmax"):
         yield ElementWork(module=attention.name, op=op, elements=attention.heads * pairs)
@@ -313,9 +315,21 @@ def _attention_elements(attention: Attention, hidden: int, options: CountOptions
     yield ElementWork(module=attention.name, op="residual", elements=rows * hidden)
 
 
+def _pairs(attention: Attention, options: CountOptions) -> int:
+    """Pairs of a query and a key that one head compares, over the whole batch."""
+    spans = _spans(attention, options, 0)
+    return sum(sequences * queries * _seen(attention, queries, keys) for sequences, queries, keys in spans)
+
+
+def _learned_sites(name: str, spec: MethodSpec | None, own: Mapping[str, Owned]) -> Collection[str]:
+    """The sites of a layer that have a quantizer, or a learned width where widths are given."""
+    return spec.widths.get(name, own[name].quantizers) if spec is not None and name in own else ()
+
+
 def _quantizer_elements(linear: Linear, spec: MethodSpec, own: Owned, rows: int) -> list[ElementWork]:
     """Rounding of activations, a shared one once; weights are rounded once and not in each pass."""
     rank = spec.ranks.get(linear.name, spec.rank)
     sizes = {"input": linear.d_in, "down_output": rank, "diagonal_output": rank, "output": linear.d_out}
-    written = sum(sizes[site] for site in kept_activations(linear, own, spec))
+    # Probabilities are no rows of the layer: they are listed with their attention.
+    written = sum(sizes.get(site, 0) for site in kept_activations(linear, own, spec))
     return [ElementWork(module=linear.name, op="quantizer", elements=rows * written)]

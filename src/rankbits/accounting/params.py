@@ -17,7 +17,7 @@ from rankbits.accounting.methods import (
     bottleneck_width,
     mora_side,
 )
-from rankbits.accounting.quantizers import GATES_PER_QUANTIZER, Owned, owned, ranges
+from rankbits.accounting.quantizers import GATES_PER_QUANTIZER, PROBABILITIES, Owned, owned, ranges, sites_of
 from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Part, Rows, Table
 from rankbits.accounting.trained import NOT_ALL_LINEAR, inside, is_head, top_blocks
 from rankbits.errors import ModelError
@@ -177,6 +177,23 @@ def targeted(shape: ModelShape, spec: MethodSpec) -> list[Linear]:
         raise ModelError(f"targets: {named} matches no linear layer of {shape.name}; it has {_last_names(shape)}")
     _refuse_other_parts(shape, wanted)
     return [linear for linear in candidates if any(_matches(linear.name, target) for target in wanted)]
+
+
+def check_attention(shape: ModelShape, spec: MethodSpec) -> None:
+    """Raise ModelError if a method quantizes attention, and the model's cannot be quantized or is not adapted."""
+    if not spec.quantizes_attention:
+        return
+    apart = [attention.name for attention in shape.attentions() if attention.c2p or attention.p2c]
+    if apart:
+        raise ModelError(
+            f"quantize_attention: {apart[0]} of {shape.name} compares positions by a function of its own; expected "
+            "attention that runs through transformers' attention interface"
+        )
+    if not any(PROBABILITIES in sites for sites in sites_of(targeted(shape, spec), spec).values()):
+        raise ModelError(
+            f"quantize_attention: no attention of {shape.name} has its queries, keys and values all adapted, each by a "
+            "layer of its own; name all three in targets"
+        )
 
 
 def _refuse_other_parts(shape: ModelShape, wanted: Iterable[str | tuple[str, ...]]) -> None:

@@ -7,23 +7,30 @@ from dataclasses import dataclass
 
 from rankbits.accounting.spec import Granularity, Linear, MethodSpec
 from rankbits.errors import ModelError
+from rankbits.records import SITES
 
-ACTIVATION_SITES = frozenset({"input", "down_output", "diagonal_output", "output"})
+PROBABILITIES = "probabilities"
+"""The site of what a softmax makes of scores; it belongs to the layer of the values."""
+ACTIVATION_SITES = frozenset({"input", "down_output", "diagonal_output", "output", PROBABILITIES})
 """Quantizers of activations: their ranges come with no weight, so they are kept by themselves."""
 GATES_PER_QUANTIZER = 4
 """One for each width above 2: 4, 8, 16 and 32 bits (Bayesian-LoRA, Eq. 5)."""
+PROJECTIONS = (
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+)
+"""Last names of the layers of one block that make queries, keys and values, as the tuner knows them."""
 READERS_OF_ONE_TENSOR = (
-    frozenset({"query", "key", "value"}),
-    frozenset({"query_proj", "key_proj", "value_proj"}),
-    frozenset({"q_proj", "k_proj", "v_proj"}),
-    frozenset({"q_lin", "k_lin", "v_lin"}),
-    frozenset({"q", "k", "v"}),
+    *map(frozenset, PROJECTIONS),
     frozenset({"gate_proj", "up_proj"}),
     frozenset({"wi_0", "wi_1"}),
     frozenset({"w1", "w3"}),
 )
 """Names of layers of one block that read the same tensor, as the tuner groups them."""
-QUERIES = frozenset({"query", "query_proj", "q_proj", "q_lin", "q"})
+QUERIES = frozenset(queries for queries, _, _ in PROJECTIONS)
 CROSS_ATTENTION = ("encdecattention", "encoder_attn", "crossattention", "cross_attn")
 """Blocks in which queries read another tensor than keys and values."""
 
@@ -35,10 +42,40 @@ class Owned:
     Args:
         quantizers: those whose quantizer, and so whose range, belongs to this layer.
         gates: those whose width gates belong to it.
+        attended: those that act where an attention reads the layer's output.
     """
 
     quantizers: tuple[str, ...]
     gates: tuple[str, ...]
+    attended: tuple[str, ...] = ()
+
+
+def sites_of(layers: Sequence[Linear], spec: MethodSpec) -> dict[str, tuple[str, ...]]:
+    """The sites that have a quantizer in each adapted layer, by its name, in their usual order.
+
+    Args:
+        layers: all adapted layers.
+        spec: the method.
+    """
+    attended = _attended(layers, spec)
+    found = {linear.name: spec.sites for linear in layers}
+    for name, more in attended.items():
+        found[name] = tuple(site for site in SITES if site in spec.sites or site in more)
+    return found
+
+
+def _attended(layers: Sequence[Linear], spec: MethodSpec) -> dict[str, tuple[str, ...]]:
+    """The sites of each projection of a quantized attention at which the attention itself rounds."""
+    if not spec.quantizes_attention:
+        return {}
+    found: dict[str, tuple[str, ...]] = {}
+    names = {linear.name for linear in layers}
+    for linear in layers:
+        block, _, own = linear.name.rpartition(".")
+        group = next((projections for projections in PROJECTIONS if own in projections), None)
+        if group is not None and names.issuperset(f"{block}.{name}".lstrip(".") for name in group):
+            found[linear.name] = ("output", PROBABILITIES) if own == group[-1] else ("output",)
+    return found
 
 
 def owned(layers: Sequence[Linear], spec: MethodSpec) -> dict[str, Owned]:
@@ -53,13 +90,16 @@ def owned(layers: Sequence[Linear], spec: MethodSpec) -> dict[str, Owned]:
     """
     shares = ({"input"} if spec.share_inputs else set()) | ({"weight"} if spec.tie_groups else set())
     found: dict[str, Owned] = {}
+    chosen, attended = sites_of(layers, spec), _attended(layers, spec)
     seen: set[tuple[str, frozenset[str]]] = set()
     for linear in layers:
         readers = _readers(linear.name)
         theirs = shares if readers in seen else set()
         seen.add(readers)
-        gates = tuple(site for site in spec.sites if site not in theirs)
-        found[linear.name] = Owned(tuple(site for site in spec.sites if site == "weight" or site in gates), gates)
+        sites = chosen[linear.name]
+        gates = tuple(site for site in sites if site not in theirs)
+        quantizers = tuple(site for site in sites if site == "weight" or site in gates)
+        found[linear.name] = Owned(quantizers, gates, attended.get(linear.name, ()))
     return found
 
 
@@ -99,5 +139,5 @@ def ranges(linear: Linear, site: str, spec: MethodSpec) -> int:
 
 def kept_activations(linear: Linear, own: Owned, spec: MethodSpec) -> Iterator[str]:
     """Own quantizers of activations that have a width: the learned ones, or all where none is given."""
-    chosen = spec.widths.get(linear.name, spec.sites)
+    chosen = spec.widths.get(linear.name, own.quantizers)
     yield from (site for site in own.quantizers if site in ACTIVATION_SITES and site in chosen)

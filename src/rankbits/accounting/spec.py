@@ -224,7 +224,7 @@ class MethodSpec:
         targets: last names of layers, a regular expression, or "all-linear"; None takes the model's usual ones.
         ranks: active rank per layer name where it differs from `rank` (learned, pruned or chosen).
         widths: learned or assumed bits per layer name and site (weight, down, diagonal, up, down_output,
-            diagonal_output, output, input); absent is 32.
+            diagonal_output, output, input, probabilities); absent is 32.
         sites: sites that have a quantizer (Bayesian-LoRA).
         learn_rank: whether ranks have gates (Bayesian-LoRA).
         placement: what the weight's quantizer rounds (Bayesian-LoRA).
@@ -232,6 +232,9 @@ class MethodSpec:
         group_size: consecutive inputs of a row that share a range, where ranges go by groups.
         share_inputs: layers that read the same tensor have one quantizer for it (Bayesian-LoRA).
         tie_groups: such layers have one weight width, too (Bayesian-LoRA).
+        quantize_attention: attentions with adapted queries, keys and values have quantizers for the operands of both
+            their products: the outputs of these layers, where the products read them, and the probabilities
+            (Bayesian-LoRA).
         weight_gradient_rows: rows of a batch that the gradient of the weight's gates and ranges is estimated from; None
             is all of them (Bayesian-LoRA).
         width: bottleneck width, or None for the method's usual fraction of the hidden size.
@@ -252,6 +255,7 @@ class MethodSpec:
     group_size: int = 64
     share_inputs: bool = True
     tie_groups: bool = False
+    quantize_attention: bool = False
     weight_gradient_rows: int | None = None
     width: int | None = None
     virtual_tokens: int = 20
@@ -262,3 +266,8 @@ class MethodSpec:
     def rounds_sum(self) -> bool:
         """Whether one quantizer rounds the sum of W0 and the update, so that merging keeps every width."""
         return self.method is Method.BAYESIAN_LORA and self.placement is Placement.MERGED and "weight" in self.sites
+
+    @property
+    def quantizes_attention(self) -> bool:
+        """Whether operands of attention have quantizers where their layers are adapted; other methods have none."""
+        return self.method is Method.BAYESIAN_LORA and self.quantize_attention

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from rankbits.accounting.quantizers import PROBABILITIES
 from rankbits.accounting.spec import Attention, Method, MethodSpec, ModelShape
 from rankbits.accounting.trained import trained_in_full
 from rankbits.records import Product
@@ -21,8 +22,9 @@ def with_widths(
     """The products with the width of each operand.
 
     A weight or an input has its quantizer's width. A layer's output has its output quantizer's, and keeps it on the way
-    into attention unless positions rotate it. Attention probabilities are floats. A merged
-    weight Q(W0) + B E A lies on no grid, so it is a float, and so is the weight of a merged 4-bit base; a merged weight
+    into attention unless positions rotate it. Attention probabilities are floats. Where they have a quantizer, all
+    operands are rounded where the products read them, behind any rotation. A merged weight Q(W0) + B E A lies on no
+    grid, so it is a float, and so is the weight of a merged 4-bit base; a merged weight
     Q(W0 + B E A) keeps its width. Beside each other, W0 and B E A are floats until their sum is rounded.
 
     Args:
@@ -40,8 +42,8 @@ def with_widths(
     for product in products:
         attention = attentions.get(product.module)
         if product.kind == "act" and attention is not None:
-            made_by = _makers(attention, shared)
-            bits = {name: _output_bits(made_by.get(name), spec.widths) for name in (product.left, product.right)}
+            bits = _attended_bits(attention, shared, spec.widths)
+            bits = {name: bits.get(name, FLOAT) for name in (product.left, product.right)}
         else:
             own = spec.widths.get(product.module, {})
             bits = {name: own.get(_SITE_OF_OPERAND.get(name, ""), FLOAT) for name in (product.left, product.right)}
@@ -52,17 +54,18 @@ def with_widths(
     return widened
 
 
-def _makers(attention: Attention, shared: Collection[str]) -> dict[str, str]:
-    """Which layer's output each operand of attention is, unchanged; what positions rotate is no longer an output."""
+def _attended_bits(
+    attention: Attention, shared: Collection[str], widths: Mapping[str, Mapping[str, int]]
+) -> dict[str, int]:
+    """Width of each operand of attention; what positions rotate is no longer a layer's output, unless rounded then."""
     made_by = {"v": attention.values}
-    if not attention.rotary:
+    probabilities = widths.get(attention.values, {}).get(PROBABILITIES)
+    if not attention.rotary or probabilities is not None:
         made_by |= {"q": attention.queries, "k": attention.keys}
     positions = {"pos_k": attention.keys, "pos_q": attention.queries}
-    return made_by | {operand: layer for operand, layer in positions.items() if layer in shared}
-
-
-def _output_bits(layer: str | None, widths: Mapping[str, Mapping[str, int]]) -> int:
-    return FLOAT if layer is None else widths.get(layer, {}).get("output", FLOAT)
+    made_by |= {operand: layer for operand, layer in positions.items() if layer in shared}
+    bits = {operand: widths.get(layer, {}).get("output", FLOAT) for operand, layer in made_by.items()}
+    return bits if probabilities is None else bits | {"p": probabilities}
 
 
 def four_bit_layers(shape: ModelShape, spec: MethodSpec) -> frozenset[str]:

@@ -16,7 +16,8 @@ from rankbits import tasks
 from rankbits.accounting.architectures.read import Head, find_config, read_shape
 from rankbits.accounting.budget import Budget, parse_budget
 from rankbits.accounting.methods import BOTTLENECKS, ON_LINEARS
-from rankbits.accounting.params import targeted
+from rankbits.accounting.params import check_attention, targeted
+from rankbits.accounting.quantizers import sites_of
 from rankbits.accounting.settings import Base, TrainingSettings
 from rankbits.accounting.spec import Granularity, Method, MethodSpec, ModelShape, Placement
 from rankbits.accounting.widths import FLOAT, FOUR_BIT_BASES
@@ -36,7 +37,7 @@ def _in_order(methods: Collection[Method]) -> list[str]:
     return [method.value for method in Method if method in methods]
 
 
-GRIDS = ("placement", "granularity", "group_size", "share_inputs", "tie_groups")
+GRIDS = ("placement", "granularity", "group_size", "share_inputs", "tie_groups", "quantize_attention")
 """Keys about where the grids of Bayesian-LoRA lie and what shares them."""
 USED_BY = {
     "r": _in_order(ON_LINEARS),
@@ -85,6 +86,9 @@ class Keys(BaseModel):
     group_size: Count = Field(default=64, description="a whole number of at least 1: inputs of a row in a group")
     share_inputs: bool = Field(default=True, description="true or false")
     tie_groups: Literal["fused"] | None = Field(default=None, description="fused or null")
+    quantize_attention: bool = Field(
+        default=False, description="true or false: quantizers for both operands of the attention products"
+    )
     width: Count | None = Field(default=None, description="a whole number of at least 1: width of a bottleneck")
     virtual_tokens: Count = Field(default=20, description="a whole number of at least 1: length of a prefix or prompt")
     layers: Annotated[int, Field(ge=0)] = Field(
@@ -179,6 +183,7 @@ def from_recipe(recipe: Recipe, budget: str | None = None) -> Question:
         **_grids(adapter),
         trained_in_full=_in_full(shape, adapter.modules_to_save or (), head),
     )
+    check_attention(shape, spec)
     settings = TrainingSettings(
         batch=recipe.training.batch_size,
         sequence_length=recipe.task.max_length,
@@ -228,8 +233,10 @@ def from_keys(model: str, overrides: Sequence[str], budget: str | None = None) -
         trained_in_full=_in_full(shape, keys.modules_to_save, head),
         layers=keys.layers,
     )
+    check_attention(shape, spec)
     if keys.bits != FLOAT:
-        widths = {linear.name: dict.fromkeys(spec.sites, keys.bits) for linear in targeted(shape, spec)}
+        sites = sites_of(targeted(shape, spec), spec)
+        widths = {name: dict.fromkeys(of_layer, keys.bits) for name, of_layer in sites.items()}
         spec = replace(spec, widths=widths)
     settings = TrainingSettings(
         batch=keys.batch_size,
@@ -338,6 +345,7 @@ def _grids(settings: Keys | AdapterSection) -> dict[str, Any]:
         "group_size": settings.group_size,
         "share_inputs": settings.share_inputs,
         "tie_groups": settings.tie_groups is not None,
+        "quantize_attention": settings.quantize_attention,
     }
 
 

@@ -18,6 +18,7 @@ from rankbits.recipes.catalogue import method_names
 from rankbits.recipes.nearest import nearest
 
 QUANTIZER_SITES = ("weight", "down", "diagonal", "up", "down_output", "diagonal_output", "output", "input")
+"""Those that can be chosen by name; attention probabilities have a quantizer with all operands beside them, or none."""
 
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
@@ -119,11 +120,21 @@ class AdapterSection(BaseModel):
     group_size: Count = Field(default=64, description="a whole number of at least 1: inputs of a row in a group")
     share_inputs: bool = Field(default=True, description="true or false")
     tie_groups: Literal["fused"] | None = Field(default=None, description="fused or null")
+    quantize_attention: bool = Field(
+        default=False, description="true or false: quantizers for both operands of the attention products"
+    )
     weight_gradient_rows: Count | None = Field(
         default=None, description="a whole number of at least 1, or null for all rows"
     )
     initial_bit_logit: float = Field(default=6.0, description="a finite number")
     initial_rank_logit: float = Field(default=6.0, description="a finite number")
+
+    @field_validator("quantize_attention")
+    @classmethod
+    def _attention_needs_quantizers(cls, quantize_attention: bool, info: ValidationInfo) -> bool:
+        if quantize_attention and info.data.get("learn_bits") is False:
+            raise ValueError("false where adapter.learn_bits is false, with which nothing has a quantizer")
+        return quantize_attention
 
     @field_validator("placement")
     @classmethod

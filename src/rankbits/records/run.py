@@ -19,7 +19,7 @@ from rankbits.records.portable import portable, recipe_hash, shorten, without_lo
 
 SCHEMA_VERSION = 3
 
-Site = Literal["weight", "down", "diagonal", "up", "down_output", "diagonal_output", "output", "input"]
+Site = Literal["weight", "down", "diagonal", "up", "down_output", "diagonal_output", "output", "input", "probabilities"]
 SITES: tuple[Site, ...] = get_args(Site)
 ADAPTER_SITES: tuple[Site, ...] = ("down", "diagonal", "up")
 

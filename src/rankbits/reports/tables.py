@@ -21,6 +21,7 @@ SITE_LABELS: dict[Site, str] = {
     "diagonal_output": "E out",
     "output": "out",
     "input": "in",
+    "probabilities": "P",
 }
 
 

@@ -1,4 +1,4 @@
-"""Makes PEFT know our tuners: the only file that touches PEFT's tables."""
+"""Makes PEFT know our tuners, and transformers their attention: the only file that touches their tables."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner
 
 from rankbits.tuners.bayesian_lora import BayesianLoraConfig, BayesianLoraModel
+from rankbits.tuners.bayesian_lora.attention import register_attention
 from rankbits.tuners.peft_type import RankbitsPeftType
 
 TUNERS = {RankbitsPeftType.BAYESIAN_LORA: (BayesianLoraConfig, BayesianLoraModel)}
@@ -15,7 +16,9 @@ HOOKS = ("_get_adapter_state_dict", "_create_and_replace", "_replace_module", "i
 
 
 def register() -> None:
-    """Enter every tuner of this package into PEFT's look-up tables. Calling it again changes nothing.
+    """Enter every tuner of this package into PEFT's look-up tables, and its attention into transformers'.
+
+    Calling it again changes nothing.
 
     Raises:
         ImportError: this version of PEFT lacks what we plug into, or already has a method of the same name.
@@ -37,3 +40,4 @@ def register() -> None:
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config  # type: ignore[index]
         mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner  # type: ignore[index]
         mapping.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner.prefix  # type: ignore[index]
+    register_attention()

@@ -91,6 +91,15 @@ def test_a_file_with_shared_inputs_and_fine_ranges(
     assert artefact_bytes(shape, spec) == (tmp_path / ADAPTER_FILE).stat().st_size
 
 
+def test_a_file_with_quantizers_of_attention(tmp_path: Path) -> None:
+    model, shape = llama(tied=True)
+    targets = ("q_proj", "k_proj", "v_proj", "up_proj")
+    config = BayesianLoraConfig(r=3, target_modules=list(targets), quantizers=["weight"], quantize_attention=True)
+    get_peft_model(model, config).save_pretrained(str(tmp_path))
+    spec = MethodSpec(Method.BAYESIAN_LORA, rank=3, targets=targets, sites=("weight",), quantize_attention=True)
+    assert artefact_bytes(shape, spec) == (tmp_path / ADAPTER_FILE).stat().st_size
+
+
 def test_a_whole_model(tmp_path: Path) -> None:
     for name, (model, shape) in {"bert": bert(), "tied": llama(tied=True), "untied": llama(tied=False)}.items():
         model.save_pretrained(str(tmp_path / name))

@@ -24,8 +24,8 @@ from transformers import (
 
 from rankbits.accounting import quantizers
 from rankbits.accounting.architectures.read import Head, read_shape
-from rankbits.accounting.params import count, targeted
-from rankbits.accounting.quantizers import Owned, kept_activations, owned, range_shape, ranges
+from rankbits.accounting.params import check_attention, count, targeted
+from rankbits.accounting.quantizers import Owned, kept_activations, owned, range_shape, ranges, sites_of
 from rankbits.accounting.spec import Granularity, Linear, Method, MethodSpec, ModelShape, Placement
 from rankbits.errors import ModelError
 from rankbits.tuners.bayesian_lora import BayesianLoraConfig, adapted_layers, siblings
@@ -67,12 +67,14 @@ def _attached(name: str, spec: MethodSpec, **settings: Any) -> tuple[nn.Module, 
         "group_size": spec.group_size,
         "share_inputs": spec.share_inputs,
         "tie_groups": "fused" if spec.tie_groups else None,
+        "quantize_attention": spec.quantize_attention,
     }
     model = get_peft_model(auto.from_config(config), BayesianLoraConfig(**(chosen | settings)))
     return model, read_shape(config.to_dict(), name=name, head=head)
 
 
 def test_the_groups_are_those_of_the_tuner() -> None:
+    assert quantizers.PROJECTIONS == siblings.PROJECTIONS
     assert quantizers.READERS_OF_ONE_TENSOR == siblings.READERS_OF_ONE_TENSOR
     assert (quantizers.QUERIES, quantizers.CROSS_ATTENTION) == (siblings.QUERIES, siblings.CROSS_ATTENTION)
 
@@ -98,6 +100,40 @@ def test_layers_own_what_the_live_layers_own(name: str, shared: bool, tied: bool
         assert found == live
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ("query", "key", "value", "q_proj", "v_proj", "q", "v", "k")])
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "bart"])
+def test_layers_of_a_quantized_attention_own_what_the_live_layers_own(name: str, targets: Any) -> None:
+    own = {"bert": targets[:3], "llama": targets[3:5], "t5": targets[5:], "bart": targets[3:5]}[name]
+    chosen: Any = targets if targets == "all-linear" else own
+    spec = replace(SHARED, sites=("weight", "input"), targets=chosen, quantize_attention=True)
+    if targets != "all-linear" and name in {"llama", "bart"}:
+        shape = read_shape(MODELS[name][1].to_dict(), name=name, head=MODELS[name][2])
+        with pytest.raises(ModelError, match=f"no attention of {name} has its queries, keys and values all adapted"):
+            check_attention(shape, spec)
+        assert not any("output" in sites for sites in sites_of(targeted(shape, spec), spec).values())
+        return
+    given = chosen if isinstance(chosen, str) else list(chosen)
+    model, shape = _attached(name, spec, target_modules=given)
+    check_attention(shape, spec)
+    found = owned(targeted(shape, spec), spec)
+    live = {
+        key.removeprefix("base_model.model."): tuple(site.value for site in layer.sites_of("default"))
+        for key, layer in adapted_layers(model)
+    }
+    assert sum("probabilities" in sites for sites in live.values()) >= 2
+    assert sorted(str(own.quantizers) for own in found.values()) == sorted(map(str, live.values()))
+    with_probabilities = {name for name, sites in live.items() if "probabilities" in sites}
+    assert with_probabilities == {name for name, own in found.items() if "probabilities" in own.quantizers}
+
+
+def test_attention_that_compares_positions_apart_cannot_be_quantized() -> None:
+    shape = read_shape(MODELS["deberta"][1].to_dict(), name="deberta", head=Head.CLASSIFICATION)
+    spec = replace(SHARED, quantize_attention=True)
+    with pytest.raises(ModelError, match=r"encoder.layer.0.attention.self of deberta compares positions"):
+        check_attention(shape, spec)
+    check_attention(shape, replace(spec, method=Method.LORA))
+
+
 @pytest.mark.parametrize("granularity", Granularity)
 @pytest.mark.parametrize(
     "changes",
@@ -105,11 +141,12 @@ def test_layers_own_what_the_live_layers_own(name: str, shared: bool, tied: bool
         {},
         {"tie_groups": True},
         {"share_inputs": False},
+        {"quantize_attention": True, "sites": ("weight", "input")},
         {"placement": Placement.MERGED, "sites": ("weight", "input", "output")},
     ],
-    ids=["shared", "tied", "own", "merged"],
+    ids=["shared", "tied", "own", "attention", "merged"],
 )
-@pytest.mark.parametrize("name", ["deberta", "llama", "t5"])
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_trained_parameters_are_those_of_the_live_model(
     name: str, changes: dict[str, Any], granularity: Granularity
 ) -> None:

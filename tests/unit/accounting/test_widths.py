@@ -70,6 +70,14 @@ def test_rotation_takes_queries_and_keys_off_their_grid_and_leaves_values() -> N
     assert bits["self", "context"] == (32, 16)
 
 
+def test_operands_that_attention_rounds_itself_keep_their_width_behind_a_rotation() -> None:
+    parts = tuple(replace(part, rotary=True) if isinstance(part, Attention) else part for part in SHAPE.parts)
+    learned = LEARNED | {"v": {"output": 16, "probabilities": 4}}
+    bits = _bits(replace(SHAPE, parts=parts), replace(SPEC, widths=learned))
+    assert bits["self", "scores"] == (8, 2)
+    assert bits["self", "context"] == (4, 16)
+
+
 def test_a_merged_sum_lies_on_no_grid() -> None:
     bits = _bits(SHAPE, SPEC, UNMERGED.model_copy(update={"adapters": "merged"}))
     assert bits["q", "linear"] == (16, 32)

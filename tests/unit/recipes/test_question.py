@@ -242,6 +242,27 @@ def test_bits_are_those_of_every_quantizer_of_every_adapted_layer():
     assert from_keys("bert-base", [LENGTH, "bits=32"]).spec.widths == {}
 
 
+def test_bits_are_those_of_a_quantized_attention_too():
+    keys = [LENGTH, "bits=4", "targets=[query,key,value]", "quantizers=[weight]", "quantize_attention=true"]
+    widths = from_keys("bert-base", keys).spec.widths
+    block = "bert.encoder.layer.0.attention.self"
+    assert widths[f"{block}.query"] == widths[f"{block}.key"] == {"weight": 4, "output": 4}
+    assert widths[f"{block}.value"] == {"weight": 4, "output": 4, "probabilities": 4}
+
+
+def test_attention_that_cannot_be_quantized_is_refused_before_anything_is_loaded():
+    with pytest.raises(ModelError, match="no attention of bert-base has its queries, keys and values all adapted"):
+        from_keys("bert-base", [LENGTH, "quantize_attention=true"])
+    with pytest.raises(ModelError, match=r"no attention of .* has its queries, keys and values all adapted"):
+        from_recipe(load("quickstart", ["adapter.quantize_attention=true", "adapter.targets=[query,key]"]))
+    with pytest.raises(RecipeError, match="none with method=lora: only bayesian-lora can use it"):
+        from_keys("bert-base", [LENGTH, "method=lora", "quantize_attention=true"])
+    with pytest.raises(
+        RecipeError, match=r"adapter.quantize_attention: given true, expected false where adapter.learn"
+    ):
+        load("quickstart", ["adapter.quantize_attention=true", "adapter.learn_bits=false"])
+
+
 @pytest.mark.parametrize("method", NAMES)
 def test_every_method_of_the_family_can_be_asked(method: str):
     spec = from_keys("bert-base", [LENGTH, f"method={method}"]).spec

@@ -8,12 +8,12 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from rankbits import BayesianLoraConfig, GateSchedule, summarize
+from rankbits import BayesianLoraConfig, Budget, GateSchedule, summarize
 from rankbits.errors import ScheduleError
 from rankbits.training.evidence import TRUST, shrunk
 from rankbits.training.gate_table import GateTable
 from rankbits.tuners.bayesian_lora import adapted_layers, learning_adapters
-from rankbits.tuners.bayesian_lora.config import Site
+from rankbits.tuners.bayesian_lora.config import PAPER_SITES, Site
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 PHASES = (0.5, 0.25, 0.25)
@@ -172,7 +172,7 @@ def test_layers_whose_gates_are_all_a_sibling_s(allocation) -> None:
 
 
 def test_a_budget_that_two_bits_alone_cannot_meet_takes_ranks_too() -> None:
-    model = _model(placement="separate", quantizers=[site.value for site in Site])
+    model = _model(placement="separate", quantizers=[*PAPER_SITES, Site.INPUT])
     # All at 2 bits: 4 bit operations for each of 16 x 16 MACs of the weight and 2 x 16 for each rank.
     costs = [4 * (16 * 16 + 32 * rank) / (16 * 16 * 256) for rank in (1, 2)]
     schedule = GateSchedule(model, 20, budget=f"bops={sum(costs) / 2}", allocation="evidence", phases=PHASES)
@@ -241,3 +241,46 @@ def test_while_gates_are_measured_ranges_follow_the_largest_magnitude_and_nothin
     before = float(quantizer.log_range.detach())
     layer._read(name, 2.0 * x, layer._pass_gates(name))
     assert float(quantizer.log_range.detach()) == before
+
+
+@pytest.mark.parametrize("allocation", ["evidence", "descent"])
+def test_a_budget_of_the_whole_model_is_met_by_the_widths_of_attention_too(allocation: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(**sizes, vocab_size=30, max_position_embeddings=32, hidden_dropout_prob=0.0)
+    settings = BayesianLoraConfig(
+        r=2,
+        target_modules=["query", "key", "value"],
+        placement="merged",
+        calibration_passes=1,
+        quantize_attention=True,
+        learn_rank=False,
+    )
+    model = get_peft_model(BertForSequenceClassification(config), settings)
+    # The dense layers and the head run in floats, 32 bits wide; attention and what it reads can be had for little.
+    budget = Budget("bops", 2.7, 16, 32, "model")
+    schedule = GateSchedule(model, 24, budget=budget, allocation=allocation, phases=PHASES)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model.train()
+    measured: dict[str, torch.Tensor] = {}
+    for _ in range(24):
+        model(input_ids=torch.randint(0, 30, (4, 32)), labels=torch.randint(0, 2, (4,))).loss.backward()
+        measured |= {
+            f"{layer.operands[name].value} {site.value}": gates.evidence[row].clone()
+            for layer, name, gates in learning_adapters(model)
+            for row, site in enumerate(layer.rows_of(name))
+            if gates.measures and gates.evidence.any()
+        }
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    (state,) = schedule.budgets()
+    assert state.cost <= 2.7
+    attended = [
+        entry.bits[site] for entry in summarize(model) for site in ("output", "probabilities") if site in entry.bits
+    ]
+    assert len(attended) == 8
+    assert min(attended) < 32
+    if allocation == "evidence":
+        assert {"queries output", "keys output", "values output", "values probabilities"} <= set(measured)
+        assert all(float(evidence[0]) > 0 for name, evidence in measured.items() if not name.endswith("weight"))

@@ -15,11 +15,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from rankbits import BayesianLoraConfig, Budget, GateSchedule, cost, harden
+from rankbits import BayesianLoraConfig, Budget, GateSchedule, cost, harden, summary
 from rankbits.errors import ScheduleError
 from rankbits.records import CostRecord
 from rankbits.tuners.bayesian_lora import adapted_layers, learning_adapters
-from rankbits.tuners.bayesian_lora.config import Site
+from rankbits.tuners.bayesian_lora.config import PAPER_SITES, Site
 
 LENGTH = 16
 SIZES: dict[str, Any] = {
@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 50,
     "max_position_embeddings": 64,
 }
-ALL_SITES = [site.value for site in Site]
+ALL_SITES = [*PAPER_SITES, Site.INPUT]
 
 
 def _bert() -> nn.Module:
@@ -67,6 +67,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "separate": {"quantizers": ALL_SITES},
     "separate, no input": {},
+}
+ATTENTION: dict[str, dict[str, Any]] = {
+    "merged": {"placement": "merged", "quantize_attention": True},
+    "separate": {"quantizers": ["weight", "up", "input"], "quantize_attention": True},
 }
 
 
@@ -125,6 +129,42 @@ def test_the_whole_model_is_counted_with_its_attention(kind: str) -> None:
     record, names = _counted(model)
     assert any(product.module not in names for product in record.products)
     assert whole == pytest.approx(record.percent(16) / 100, rel=1e-12)
+
+
+@pytest.mark.parametrize("layout", ATTENTION)
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_products_of_attention_have_the_widths_of_both_operands(kind: str, layout: str) -> None:
+    model = _learned(MODELS[kind](), **ATTENTION[layout])
+    within, whole = (_costs(model, Budget("bops", 3.0, 16, LENGTH, scope))[0] for scope in ("adapted", "model"))
+    record, names = _counted(model)
+    assert whole == pytest.approx(record.percent(16) / 100, rel=1e-12)
+    adapted = [product for product in record.products if product.module in names]
+    base = sum(product.macs for product in adapted if product.adapter is None)
+    assert within == pytest.approx(sum(p.bops for p in adapted) / (base * 16**2), rel=1e-12)
+    learned = {entry.name.removeprefix("base_model.model."): entry.bits for entry in summary(model)}
+    products = {(p.module, p.op): p for p in record.products if p.kind == "act"}
+    assert len(products) == 4
+    for (module, op), product in products.items():
+        block = {name.rpartition(".")[2][0]: bits for name, bits in learned.items() if name.startswith(f"{module}.")}
+        expected = (block["q"], block["k"]) if op == "scores" else ({"output": block["v"]["probabilities"]}, block["v"])
+        assert (product.bits_left, product.bits_right) == tuple(bits["output"] for bits in expected)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_closing_gates_of_attention_pays_for_a_budget_of_the_whole_model(kind: str) -> None:
+    model = _learned(MODELS[kind](), **ATTENTION["merged"])
+    budget = Budget("bops", 3.0, 16, LENGTH, "model")
+    (before,) = _costs(model, budget)
+    for _, layer in adapted_layers(model):
+        for site in (Site.OUTPUT, Site.PROBABILITIES):
+            found = layer.gate_of("default", site)
+            if found is not None:
+                with torch.no_grad():
+                    found[0].bit_logits[found[1]] = -6.0
+    (after,) = _costs(model, budget)
+    assert after < before
+    record, _ = _counted(model)
+    assert all((p.bits_left, p.bits_right) == (2, 2) for p in record.products if p.kind == "act")
 
 
 def test_without_a_length_the_rows_of_all_layers_are_alike() -> None:

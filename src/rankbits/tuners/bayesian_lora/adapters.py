@@ -11,7 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from rankbits.quant.quantizer import FixedQuantizer, Quantizer
-from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig, Placement, RankGate, Site, start_of
+from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig, Operand, Placement, RankGate, Site, start_of
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
 from rankbits.tuners.bayesian_lora.reuse import Rounded, SharedResult
 from rankbits.tuners.bayesian_lora.start import fixed_quantizers, learning_quantizer, rank_of, start_weights
@@ -70,6 +70,7 @@ class GatedAdapters(AdapterLinear, ABC):
         "readers",
         "shared_inputs",
         "rounded_weights",
+        "operands",
     )
 
     bayesian_lora_down: nn.ParameterDict
@@ -100,6 +101,8 @@ class GatedAdapters(AdapterLinear, ABC):
         self.readers: dict[str, dict[Site, list[GatedAdapters]]] = {}
         self.shared_inputs: dict[str, SharedResult] = {}
         self.rounded_weights: dict[str, Rounded] = {}
+        self.operands: dict[str, Operand | None] = {}
+        self.attention_before: str | None = None
 
     def update_layer(self, adapter_name: str, config: BayesianLoraConfig, key: str) -> None:
         """Add one adapter.
@@ -129,6 +132,7 @@ class GatedAdapters(AdapterLinear, ABC):
         self.weight_gradient_rows[adapter_name] = config.weight_gradient_rows
         self.phase[adapter_name] = GatePhase()
         self.unscheduled_passes[adapter_name] = 0
+        self.operands[adapter_name] = config.operand
         self.owners[adapter_name], self.readers[adapter_name] = {}, {}
         self.shared_inputs[adapter_name], self.rounded_weights[adapter_name] = SharedResult(), Rounded()
         self.bayesian_lora_down[adapter_name] = nn.Parameter(torch.empty(rank, self.in_features))
@@ -235,6 +239,13 @@ class GatedAdapters(AdapterLinear, ABC):
         gates, rows = owner.gates_of(adapter_name), owner.rows_of(adapter_name)
         return (gates, rows.index(site)) if gates is not None and site in rows else None
 
+    def attending_adapter(self) -> str | None:
+        """The adapter whose quantizers act where an attention reads this layer's output; None if there is none."""
+        if self.disable_adapters:
+            return None
+        names = self.merged_adapters if self.merged else self.active_adapters
+        return next((name for name in names if self.operands.get(name) is not None), None)
+
     def placement_of(self, adapter_name: str) -> Placement:
         """Whether the update lies beside the quantized weight or within it."""
         return self.placement[adapter_name]
@@ -274,7 +285,8 @@ class GatedAdapters(AdapterLinear, ABC):
         """Multiply-accumulates per row that read each tensor whose width this layer decides, in the order of `rows_of`.
 
         They weight the penalty on bits (van Baalen et al. 2020); what is shared counts with all its readers. The
-        readers of the output are other layers, which this one does not know: 0.
+        readers of the output are other layers, which this one does not know: 0. Neither does it know how many keys an
+        attention has, so that its operands and probabilities are 0, too; a budget with a length counts them.
         """
         shared = self.readers[adapter_name]
         return [
@@ -293,6 +305,7 @@ class GatedAdapters(AdapterLinear, ABC):
             Site.DIAGONAL_OUTPUT: outputs * rank,
             Site.OUTPUT: 0,
             Site.INPUT: inputs * outputs + beside * inputs,
+            Site.PROBABILITIES: 0,
         }
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,7 +15,10 @@ from rankbits.tuners.peft_type import RankbitsPeftType
 
 
 class Site(str, Enum):
-    """The tensors of an adapted linear layer that can have a quantizer (Bayesian-LoRA, Alg. 1)."""
+    """The tensors of an adapted linear layer that can have a quantizer (Bayesian-LoRA, Alg. 1).
+
+    Those of an attention's probabilities belong to the layer that makes its values: they multiply its output.
+    """
 
     WEIGHT = "weight"
     DOWN = "down"
@@ -24,14 +28,23 @@ class Site(str, Enum):
     DIAGONAL_OUTPUT = "diagonal_output"
     OUTPUT = "output"
     INPUT = "input"
+    PROBABILITIES = "probabilities"
 
 
-PAPER_SITES = tuple(site for site in Site if site is not Site.INPUT)
+PAPER_SITES = tuple(site for site in Site if site not in {Site.INPUT, Site.PROBABILITIES})
 """The seven quantizers of the paper: W0, A, E, B and the outputs of A, of E and of the block."""
 
 
 MERGED_SITES = (Site.WEIGHT, Site.OUTPUT, Site.INPUT)
 """The quantizers of a layer whose update lies inside the quantized weight."""
+
+
+class Operand(str, Enum):
+    """What the output of a linear layer is in the products of an attention."""
+
+    QUERIES = "queries"
+    KEYS = "keys"
+    VALUES = "values"
 
 
 class Placement(str, Enum):
@@ -102,6 +115,10 @@ class BayesianLoraConfig(PeftConfig):
         sampled_share: share of the quantizers, drawn anew in each pass, whose width gates are sampled, in (0, 1]; the
             others stand as at inference. With 1 (the paper) all are noisy at once, and each hides what the others do.
         calibration_passes: training passes that only record ranges.
+        quantize_attention: quantizers for both operands of both products of attention: queries, keys and values as the
+            products read them (the outputs of their layers, after rotations and norms), and the probabilities of the
+            softmax. In every block whose three projections are adapted; the model has to dispatch its attention
+            through transformers' attention interface.
         initial_bit_logit: start of all bit-width gates; all must be open.
         initial_rank_logit: start of all rank gates; all r ranks must be open.
         hardened_ranks: written by `rankbits.harden`: layer name to its fixed rank.
@@ -133,6 +150,9 @@ class BayesianLoraConfig(PeftConfig):
     weight_gradient_rows: int | None = field(default=None, metadata={"help": "rows for the weight's gate gradient"})
     sampled_share: float = field(default=1.0, metadata={"help": "share of the quantizers that are sampled in a pass"})
     calibration_passes: int = field(default=50, metadata={"help": "training passes that only record ranges"})
+    quantize_attention: bool = field(
+        default=False, metadata={"help": "quantizers for both operands of the attention products"}
+    )
     initial_bit_logit: float = field(default=6.0, metadata={"help": "start of the bit-width gates"})
     initial_rank_logit: float = field(default=6.0, metadata={"help": "start of the rank gates"})
     hardened_ranks: dict[str, int] | None = field(default=None, metadata={"help": "written by harden"})
@@ -142,6 +162,7 @@ class BayesianLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = RankbitsPeftType.BAYESIAN_LORA
+        self._operand: Operand | None = None
         # PEFT compares and stores collections of module names as sets.
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
@@ -199,11 +220,13 @@ class BayesianLoraConfig(PeftConfig):
             if value not in known and not (name == "tie_groups" and value is None):
                 problems.append(f"`{name}` must be one of {known}, got {value!r}")
         merged = self.placement == Placement.MERGED.value
-        sites = [site.value for site in (MERGED_SITES if merged else Site)]
+        sites = [site.value for site in (MERGED_SITES if merged else (*PAPER_SITES, Site.INPUT))]
         unknown = sorted(set(self.quantizers or ()) - set(sites))
         if unknown:
             where = " with placement='merged', which has no factors beside the weight" if merged else ""
             problems.append(f"`quantizers` has unknown names {unknown}; known are {sites}{where}")
+        if self.quantize_attention and not self.learn_bits:
+            problems.append("`quantize_attention`=True needs learn_bits=True, without which nothing has a quantizer")
         if merged and self.dropout:
             problems.append(
                 f"`dropout`={self.dropout} has no place with placement='merged', where the update is part of the "
@@ -231,9 +254,25 @@ class BayesianLoraConfig(PeftConfig):
         """The quantizers of a layer on an unquantized base, in the fixed order of `Site`."""
         if not self.learn_bits:
             return ()
+        chosen = {site for site in Site if site.value in (self.quantizers or ())}
         if self.quantizers is None:
-            return (Site.WEIGHT, Site.INPUT) if self.placement == Placement.MERGED.value else PAPER_SITES
-        return tuple(site for site in Site if site.value in self.quantizers)
+            chosen = {Site.WEIGHT, Site.INPUT} if self.placement == Placement.MERGED.value else set(PAPER_SITES)
+        if self._operand is not None:
+            chosen.add(Site.OUTPUT)
+        if self._operand is Operand.VALUES:
+            chosen.add(Site.PROBABILITIES)
+        return tuple(site for site in Site if site in chosen)
+
+    @property
+    def operand(self) -> Operand | None:
+        """What the output of the layer that this configuration is for is in a quantized attention; None elsewhere."""
+        return self._operand
+
+    def of_operand(self, operand: Operand) -> BayesianLoraConfig:
+        """The configuration of one layer: of the queries, keys or values of an attention that is quantized."""
+        own = copy.copy(self)
+        own._operand = operand
+        return own
 
 
 def _all_ranks_start_open(rank_gate: str, logit: float, rank: int) -> bool:

@@ -20,7 +20,7 @@ from rankbits.tuners.bayesian_lora.layer_gates import GateValues
 
 UNSCHEDULED_PASSES = 100
 """Training passes without a step of the schedule after which a layer says so."""
-ACTIVATION_SITES = (Site.INPUT, Site.DOWN_OUTPUT, Site.DIAGONAL_OUTPUT, Site.OUTPUT)
+ACTIVATION_SITES = (Site.INPUT, Site.DOWN_OUTPUT, Site.DIAGONAL_OUTPUT, Site.OUTPUT, Site.PROBABILITIES)
 """Quantizers whose work no single weight can do."""
 
 
@@ -43,10 +43,16 @@ class BayesianLoraLinear(GatedAdapters):
         if isinstance(quantizer, FixedQuantizer) or gates is None:
             return quantizer(x)  # type: ignore[no-any-return]
         widths = self._widths(adapter_name, site, gates)
-        if record and self.training and self.phase[adapter_name].measures:
+        if not record:
+            return quantizer.rounded(x, widths)
+        return self._put_on_grid(adapter_name, quantizer, x, widths, hard=gates.hard)
+
+    def _put_on_grid(self, adapter_name: str, quantizer: Quantizer, x: Tensor, widths: Tensor, *, hard: bool) -> Tensor:
+        if self.training and self.phase[adapter_name].measures:
             # What is measured is the cost of closing gates, so nothing may be clipped while the model still moves.
             quantizer.cover(x)
-        return quantizer(x, widths, hard=gates.hard) if record else quantizer.rounded(x, widths)
+        result: Tensor = quantizer(x, widths, hard=hard)
+        return result
 
     def _widths(self, adapter_name: str, site: Site, gates: GateValues) -> Tensor:
         rows = self.rows_of(adapter_name)
@@ -73,7 +79,7 @@ class BayesianLoraLinear(GatedAdapters):
         else:
             result = self._base_product(name, x, gates)
             result = result + self._update(name, x, gates).to(result.dtype)
-        return self._quantize(name, Site.OUTPUT, result, gates)
+        return self._write(name, result, gates)
 
     def merged_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output with the adapter written into the base weight: what quantizes activations still does."""
@@ -83,7 +89,29 @@ class BayesianLoraLinear(GatedAdapters):
         (name,) = names
         gates = self._gate_values(name)
         result = super().merged_forward(self._read(name, x, gates), *args, **kwargs)
-        return self._quantize(name, Site.OUTPUT, result, gates)
+        return self._write(name, result, gates)
+
+    def _write(self, adapter_name: str, x: Tensor, gates: GateValues | None) -> Tensor:
+        """The quantized output, except where an attention reads it and quantizes what it reads."""
+        attended = self.operands[adapter_name] is not None
+        return x if attended else self._quantize(adapter_name, Site.OUTPUT, x, gates)
+
+    def quantize_attended(self, adapter_name: str, site: Site, x: Tensor) -> Tensor:
+        """An operand of an attention that this layer made, or its probabilities, on the grid of their quantizer.
+
+        Args:
+            adapter_name: the adapter that acts, by `attending_adapter`.
+            site: `OUTPUT` or `PROBABILITIES`.
+            x: any shape.
+        """
+        quantizer, decided = self.quantizer_of(adapter_name, site), self.gate_of(adapter_name, site)
+        if quantizer is None:
+            return x
+        if isinstance(quantizer, FixedQuantizer) or decided is None:
+            return quantizer(x)  # type: ignore[no-any-return]
+        hard = not self.training or self.phase[adapter_name].fixed
+        gates, row = decided
+        return self._put_on_grid(adapter_name, quantizer, x, gates.widths_of(row, hard=hard), hard=hard)
 
     def _rounds_the_sum(self, adapter_name: str) -> bool:
         merged = self.placement[adapter_name] is Placement.MERGED

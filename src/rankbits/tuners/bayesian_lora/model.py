@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
 from peft import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from rankbits.errors import RankbitsWarning
+from rankbits.tuners.bayesian_lora import attention
 from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig, Site
 from rankbits.tuners.bayesian_lora.find import adapted_layers
 from rankbits.tuners.bayesian_lora.layer import ACTIVATION_SITES, BayesianLoraLinear
@@ -33,10 +36,47 @@ class BayesianLoraModel(LinearTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
+        config = peft_config
+        if isinstance(config, BayesianLoraConfig) and config.quantize_attention:
+            operand = attention.operand_of(parent, current_key, lambda key: _is_target(peft_config, key))
+            config = config if operand is None else config.of_operand(operand)
+        super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key, parameter_name)
         layer = getattr(parent, target_name)
         if isinstance(peft_config, BayesianLoraConfig) and isinstance(layer, BayesianLoraLinear):
             _follow_sibling(layer, parent, current_key, adapter_name, peft_config)
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        # Before anything is changed, and after the targets are known.
+        if isinstance(peft_config, BayesianLoraConfig) and peft_config.quantize_attention:
+            attention.check_attention(model, lambda key: _is_target(peft_config, key))
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's; attentions with quantizers are dispatched to them from then on."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        attention.install(model)
+
+    def enable_adapter_layers(self) -> None:
+        """PEFT's; attentions with quantizers use them again."""
+        super().enable_adapter_layers()
+        attention.install(self.model)
+
+    def disable_adapter_layers(self) -> None:
+        """PEFT's; attentions run what they ran before there were quantizers."""
+        super().disable_adapter_layers()
+        attention.restore(attention.implementations_before(self.model))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's; without quantizers attentions run what they ran before."""
+        super().delete_adapter(adapter_name)
+        if not any(any(layer.operands.values()) for _, layer in adapted_layers(self.model)):
+            attention.restore(attention.implementations_before(self.model))
+
+    def unload(self) -> nn.Module:
+        """PEFT's; attentions run what they ran before there were quantizers."""
+        before = attention.implementations_before(self.model)
+        bare: nn.Module = super().unload()
+        attention.restore(before)
+        return bare
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """PEFT's, which leaves plain layers; says so if the adapters quantized activations as well."""
@@ -47,7 +87,9 @@ class BayesianLoraModel(LinearTuner):
             for site in layer.effective_sites(name)
             if site in ACTIVATION_SITES
         }
+        before = attention.implementations_before(self.model)
         merged: nn.Module = super().merge_and_unload(*args, **kwargs)
+        attention.restore(before)
         if quantized:
             warnings.warn(
                 f"the weights of the unloaded model lie on their grids, but its activations {sorted(quantized)} are "
@@ -86,6 +128,16 @@ class BayesianLoraModel(LinearTuner):
             return head + container + tail.removeprefix(f"{adapter_name}.")
         shortened: str = super()._remove_adapter_name_from_key(key, adapter_name)
         return shortened
+
+
+def _is_target(config: PeftConfig, key: str) -> bool:
+    """Whether a linear layer of this name is adapted."""
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        # PEFT writes the names of all linear layers here, but only after it has asked whether the model suits.
+        config = copy.copy(config)
+        config.target_modules = {key}  # type: ignore[attr-defined]
+    return bool(check_target_module_exists(config, key))
 
 
 def _follow_sibling(

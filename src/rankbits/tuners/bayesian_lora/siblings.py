@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from torch import nn
 
+PROJECTIONS = (
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+)
+"""Names of an attention's children that make queries, keys and values, in the architectures of transformers."""
 READERS_OF_ONE_TENSOR = (
-    frozenset({"query", "key", "value"}),
-    frozenset({"query_proj", "key_proj", "value_proj"}),
-    frozenset({"q_proj", "k_proj", "v_proj"}),
-    frozenset({"q_lin", "k_lin", "v_lin"}),
-    frozenset({"q", "k", "v"}),
+    *map(frozenset, PROJECTIONS),
     frozenset({"gate_proj", "up_proj"}),
     frozenset({"wi_0", "wi_1"}),
     frozenset({"w1", "w3"}),
 )
 """Names of children of one module that read the same tensor, in the architectures of transformers."""
-QUERIES = frozenset({"query", "query_proj", "q_proj", "q_lin", "q"})
+QUERIES = frozenset(queries for queries, _, _ in PROJECTIONS)
 """In cross-attention the queries read another tensor than keys and values."""
 CROSS_ATTENTION = ("encdecattention", "encoder_attn", "crossattention", "cross_attn")
 
@@ -32,3 +36,8 @@ def sibling_names(parent: nn.Module, key: str) -> tuple[str, ...]:
     if any(mark in path.lower() for mark in CROSS_ATTENTION):
         group = group & QUERIES if own in QUERIES else group - QUERIES
     return tuple(name for name, _ in parent.named_children() if name in group)
+
+
+def projection_names(block: nn.Module) -> tuple[str, str, str] | None:
+    """Names of the children of a module that make queries, keys and values; None if it has no such children."""
+    return next((names for names in PROJECTIONS if all(hasattr(block, name) for name in names)), None)

@@ -14,6 +14,8 @@ from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig, Site, Start
 DIAGONAL_HEADROOM = 1.5
 """With this range over max|E| a constant E lies on the grid at every width, where a range at max|E| would not."""
 WEIGHT_STANDARD_DEVIATION = 0.02
+SIGNEDNESS = {Site.INPUT: Signedness.AUTO, Site.PROBABILITIES: Signedness.UNSIGNED}
+"""Sides of zero that a grid covers where these are not both."""
 
 
 def rank_of(config: BayesianLoraConfig, key: str, shape: tuple[int, int]) -> int:
@@ -60,7 +62,7 @@ def learning_quantizer(site: Site, config: BayesianLoraConfig, shape: tuple[int,
     try:
         return Quantizer(
             calibration_passes=config.calibration_passes,
-            signedness=Signedness.AUTO if site is Site.INPUT else Signedness.SIGNED,
+            signedness=SIGNEDNESS.get(site, Signedness.SIGNED),
             headroom=DIAGONAL_HEADROOM if site is Site.DIAGONAL else 1.0,
             layout=config.range_layout if site is Site.WEIGHT else PER_TENSOR,
             shape=shape,
@@ -77,7 +79,7 @@ def fixed_quantizers(config: BayesianLoraConfig, key: str, shape: tuple[int, int
     unsigned = key in (config.unsigned_inputs or ())
     quantizers = {}
     for site, width in (config.hardened_bits or {}).get(key, {}).items():
-        signed = not (unsigned and site == Site.INPUT.value)
+        signed = site != Site.PROBABILITIES.value and not (unsigned and site == Site.INPUT.value)
         layout = config.range_layout if site == Site.WEIGHT.value else PER_TENSOR
         quantizers[site] = FixedQuantizer(width, signed=signed, layout=layout, shape=shape)
     return nn.ModuleDict(quantizers)
