@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rankbits.tuners.bayesian_lora import harden as harden
     from rankbits.tuners.bayesian_lora import summarize as summarize
     from rankbits.tuners.bayesian_lora.summary import summary as summary
+    from rankbits.tuners.bottleneck import BottleneckConfig as BottleneckConfig
     from rankbits.tuners.dylora import DyloraConfig as DyloraConfig
     from rankbits.tuners.dylora import set_rank as set_rank
 
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "BayesianLoraConfig": "rankbits.tuners.bayesian_lora",
+    "BottleneckConfig": "rankbits.tuners.bottleneck",
     "Budget": "rankbits.accounting.budget",
     "DyloraCallback": "rankbits.training.rank_callback",
     "DyloraConfig": "rankbits.tuners.dylora",
@@ -52,6 +54,7 @@ _PUBLIC = {
 }
 __all__ = [
     "BayesianLoraConfig",
+    "BottleneckConfig",
     "Budget",
     "DyloraCallback",
     "DyloraConfig",

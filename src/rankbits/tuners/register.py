@@ -7,11 +7,13 @@ from peft import PeftConfig, mapping
 from peft.tuners.tuners_utils import BaseTuner
 
 from rankbits.tuners.bayesian_lora import BayesianLoraConfig, BayesianLoraModel
+from rankbits.tuners.bottleneck import BottleneckConfig, BottleneckModel
 from rankbits.tuners.dylora import DyloraConfig, DyloraModel
 from rankbits.tuners.peft_type import RankbitsPeftType
 
 TUNERS: dict[RankbitsPeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     RankbitsPeftType.BAYESIAN_LORA: (BayesianLoraConfig, BayesianLoraModel),
+    RankbitsPeftType.BOTTLENECK: (BottleneckConfig, BottleneckModel),
     RankbitsPeftType.DYLORA: (DyloraConfig, DyloraModel),
 }
 TABLES = ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING")

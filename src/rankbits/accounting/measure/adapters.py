@@ -31,6 +31,8 @@ _OPERANDS = {
     "lora_E": "E",
     "bayesian_lora_diagonal": "E",
     "lora_magnitude_vector": "magnitude",
+    "bottleneck_down": "D",
+    "bottleneck_up": "U",
 }
 """Containers of adapter parameters by the name of the operand."""
 
