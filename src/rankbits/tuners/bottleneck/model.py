@@ -11,7 +11,7 @@ from torch import nn
 
 from rankbits.tuners.bottleneck.config import BottleneckConfig, Kind
 from rankbits.tuners.bottleneck.layer import BottleneckLinear
-from rankbits.tuners.bottleneck.neighbours import neighbours_of
+from rankbits.tuners.bottleneck.neighbours import neighbours_of, refuse_copies
 from rankbits.tuners.bottleneck.placement import KNOWN, Layout, layout_of
 from rankbits.tuners.linear import LinearTuner
 
@@ -36,6 +36,7 @@ class BottleneckModel(LinearTuner):
         if peft_config.train_layernorm:
             norms = _known(layout, model_config, peft_config).norms
             peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), *norms})
+        refuse_copies(self.model, peft_config.modules_to_save or ())
         return peft_config
 
     def _create_and_replace(

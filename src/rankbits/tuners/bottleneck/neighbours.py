@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,25 @@ def neighbours_of(model: nn.Module, config: BottleneckConfig, key: str, target: 
     if "norm_before" in paths:
         return Neighbours(_part(model, config, block, "norm_before"))
     return Neighbours(listened, _part(model, config, block, "norm_after"))
+
+
+def refuse_copies(model: nn.Module, names: Collection[str]) -> None:
+    """Refuse to train modules in full that an adapter listens to: PEFT would copy them, hook and all.
+
+    Args:
+        model: the base model, with the adapters it has so far.
+        names: endings of the names of the modules that a new adapter trains.
+
+    Raises:
+        ValueError: there is such a module. The model is unchanged.
+    """
+    for name, module in model.named_modules():
+        listened = any(isinstance(getattr(hook, "__self__", None), Ear) for hook in module._forward_pre_hooks.values())
+        if listened and name.endswith(tuple(names)):
+            raise ValueError(
+                f"{name!r} is to be trained in full, but an adapter that is there already reads what enters it: delete "
+                "that adapter, or load this one into a base model of its own"
+            )
 
 
 def _block(paths: Mapping[str, str], key: str) -> str:

@@ -158,6 +158,18 @@ def test_a_second_adapter_leaves_the_first_as_it_was(bert, batch) -> None:
     assert torch.equal(model(**batch).logits, first)
 
 
+def test_norms_that_an_adapter_listens_to_are_not_copied() -> None:
+    model = get_peft_model(tiny_models.live(tiny_models.LLAMA), BottleneckConfig(kind="pfeiffer", **NOT_ZERO))
+    with pytest.raises(
+        ValueError, match=r"'layers\.0\.post_attention_layernorm' is to be trained in full, but an adapter"
+    ):
+        model.add_adapter("norms", BottleneckConfig(train_layernorm=True))
+    assert not [name for name, _ in model.named_parameters() if "modules_to_save" in name or ".norms." in name]
+    model.delete_adapter("default")
+    model.add_adapter("norms", BottleneckConfig(train_layernorm=True))
+    assert [name for name, _ in model.named_parameters() if "modules_to_save.norms" in name]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_with_a_cache_equals_a_whole_pass(kind) -> None:
     torch.manual_seed(0)
