@@ -21,17 +21,26 @@ if TYPE_CHECKING:
     from rankbits.training.callback import RankbitsCallback as RankbitsCallback
     from rankbits.training.groups import optimizer_and_scheduler as optimizer_and_scheduler
     from rankbits.training.objective import regularization_loss as regularization_loss
+    from rankbits.training.rank_callback import DyloraCallback as DyloraCallback
+    from rankbits.training.rank_schedule import DyloraSchedule as DyloraSchedule
     from rankbits.training.schedule import GateSchedule as GateSchedule
     from rankbits.tuners.bayesian_lora import BayesianLoraConfig as BayesianLoraConfig
     from rankbits.tuners.bayesian_lora import harden as harden
     from rankbits.tuners.bayesian_lora import summarize as summarize
     from rankbits.tuners.bayesian_lora.summary import summary as summary
+    from rankbits.tuners.bottleneck import BottleneckConfig as BottleneckConfig
+    from rankbits.tuners.dylora import DyloraConfig as DyloraConfig
+    from rankbits.tuners.dylora import set_rank as set_rank
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "BayesianLoraConfig": "rankbits.tuners.bayesian_lora",
+    "BottleneckConfig": "rankbits.tuners.bottleneck",
     "Budget": "rankbits.accounting.budget",
+    "DyloraCallback": "rankbits.training.rank_callback",
+    "DyloraConfig": "rankbits.tuners.dylora",
+    "DyloraSchedule": "rankbits.training.rank_schedule",
     "GateSchedule": "rankbits.training.schedule",
     "RankbitsCallback": "rankbits.training.callback",
     "cost": "rankbits.accounting.measure",
@@ -39,12 +48,17 @@ _PUBLIC = {
     "harden": "rankbits.tuners.bayesian_lora",
     "optimizer_and_scheduler": "rankbits.training.groups",
     "regularization_loss": "rankbits.training.objective",
+    "set_rank": "rankbits.tuners.dylora",
     "summarize": "rankbits.tuners.bayesian_lora",
     "summary": "rankbits.tuners.bayesian_lora.summary",
 }
 __all__ = [
     "BayesianLoraConfig",
+    "BottleneckConfig",
     "Budget",
+    "DyloraCallback",
+    "DyloraConfig",
+    "DyloraSchedule",
     "GateSchedule",
     "RankbitsCallback",
     "__version__",
@@ -53,6 +67,7 @@ __all__ = [
     "harden",
     "optimizer_and_scheduler",
     "regularization_loss",
+    "set_rank",
     "summarize",
     "summary",
 ]

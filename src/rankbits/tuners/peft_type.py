@@ -13,3 +13,5 @@ class RankbitsPeftType(str, enum.Enum):
     """
 
     BAYESIAN_LORA = "BAYESIAN_LORA"
+    BOTTLENECK = "BOTTLENECK"
+    DYLORA = "DYLORA"

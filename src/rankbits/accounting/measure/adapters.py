@@ -23,12 +23,16 @@ _OPERANDS = {
     "lora_A": "A",
     "lora_embedding_A": "A",
     "bayesian_lora_down": "A",
+    "dylora_down": "A",
     "lora_B": "B",
     "lora_embedding_B": "B",
     "bayesian_lora_up": "B",
+    "dylora_up": "B",
     "lora_E": "E",
     "bayesian_lora_diagonal": "E",
     "lora_magnitude_vector": "magnitude",
+    "bottleneck_down": "D",
+    "bottleneck_up": "U",
 }
 """Containers of adapter parameters by the name of the operand."""
 
