@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rankbits.tuners.bayesian_lora import harden as harden
     from rankbits.tuners.bayesian_lora import summarize as summarize
     from rankbits.tuners.bayesian_lora.summary import summary as summary
+    from rankbits.tuners.sbora import SboraConfig as SboraConfig
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _PUBLIC = {
     "Budget": "rankbits.accounting.budget",
     "GateSchedule": "rankbits.training.schedule",
     "RankbitsCallback": "rankbits.training.callback",
+    "SboraConfig": "rankbits.tuners.sbora",
     "cost": "rankbits.accounting.measure",
     "cost_table": "rankbits.reports.cost_table",
     "harden": "rankbits.tuners.bayesian_lora",
@@ -47,6 +49,7 @@ __all__ = [
     "Budget",
     "GateSchedule",
     "RankbitsCallback",
+    "SboraConfig",
     "__version__",
     "cost",
     "cost_table",
