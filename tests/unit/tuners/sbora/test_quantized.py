@@ -104,6 +104,10 @@ def test_merging_is_close_and_unmerging_restores_every_code(variant, make, evalu
     assert torch.equal(_codes(layer).view(torch.uint8), before.view(torch.uint8))
     assert torch.equal(layer.get_base_weight(), weight)
     assert torch.equal(layer(x), expected)
+    # A weight that its package takes for one not yet quantized would be quantized a second time by a move.
+    layer.to("cpu")
+    assert torch.equal(_codes(layer).view(torch.uint8), before.view(torch.uint8))
+    assert torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -125,6 +129,19 @@ def test_tasks_come_out_in_any_order_and_no_rounding_adds_up(variant, make) -> N
     layer.unmerge(["b"])
     assert torch.equal(_codes(layer).view(torch.uint8), before.view(torch.uint8))
     assert torch.equal(layer.get_base_weight(), weight)
+
+
+def test_a_4_bit_layer_has_one_quantization_state_after_unmerging() -> None:
+    """The layer keeps the state beside its weight, for when the weight loses it."""
+    layer = _adapted(_four_bits(), "fa")
+    base = layer.get_base_layer()
+    state = base.weight.quant_state
+    base.quant_state = state
+    layer.merge()
+    assert base.weight.quant_state is not state
+    layer.unmerge()
+    assert base.weight.quant_state is state
+    assert base.quant_state is state
 
 
 def test_a_merged_4_bit_layer_may_be_evaluated_on_any_cpu() -> None:
