@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rankbits.tuners.bottleneck import BottleneckConfig as BottleneckConfig
     from rankbits.tuners.dylora import DyloraConfig as DyloraConfig
     from rankbits.tuners.dylora import set_rank as set_rank
+    from rankbits.tuners.sbora import SboraConfig as SboraConfig
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ _PUBLIC = {
     "DyloraSchedule": "rankbits.training.rank_schedule",
     "GateSchedule": "rankbits.training.schedule",
     "RankbitsCallback": "rankbits.training.callback",
+    "SboraConfig": "rankbits.tuners.sbora",
     "cost": "rankbits.accounting.measure",
     "cost_table": "rankbits.reports.cost_table",
     "harden": "rankbits.tuners.bayesian_lora",
@@ -61,6 +63,7 @@ __all__ = [
     "DyloraSchedule",
     "GateSchedule",
     "RankbitsCallback",
+    "SboraConfig",
     "__version__",
     "cost",
     "cost_table",

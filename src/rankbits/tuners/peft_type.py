@@ -15,3 +15,4 @@ class RankbitsPeftType(str, enum.Enum):
     BAYESIAN_LORA = "BAYESIAN_LORA"
     BOTTLENECK = "BOTTLENECK"
     DYLORA = "DYLORA"
+    SBORA = "SBORA"

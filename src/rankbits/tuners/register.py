@@ -11,11 +11,13 @@ from rankbits.tuners.bayesian_lora.attention import register_attention
 from rankbits.tuners.bottleneck import BottleneckConfig, BottleneckModel
 from rankbits.tuners.dylora import DyloraConfig, DyloraModel
 from rankbits.tuners.peft_type import RankbitsPeftType
+from rankbits.tuners.sbora import SboraConfig, SboraModel
 
 TUNERS: dict[RankbitsPeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     RankbitsPeftType.BAYESIAN_LORA: (BayesianLoraConfig, BayesianLoraModel),
     RankbitsPeftType.BOTTLENECK: (BottleneckConfig, BottleneckModel),
     RankbitsPeftType.DYLORA: (DyloraConfig, DyloraModel),
+    RankbitsPeftType.SBORA: (SboraConfig, SboraModel),
 }
 TABLES = ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING")
 HOOKS = ("_get_adapter_state_dict", "_create_and_replace", "_replace_module", "inject_adapter")

@@ -28,6 +28,8 @@ _OPERANDS = {
     "lora_embedding_B": "B",
     "bayesian_lora_up": "B",
     "dylora_up": "B",
+    "sbora_down": "A",
+    "sbora_up": "B",
     "lora_E": "E",
     "bayesian_lora_diagonal": "E",
     "lora_magnitude_vector": "magnitude",

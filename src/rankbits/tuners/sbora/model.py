@@ -1,0 +1,84 @@
+"""The SBoRA tuner: what PEFT calls to put adapters into a model, several tasks side by side, and to take them out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import onload_layer
+from torch import Tensor, nn
+
+from rankbits.tuners.linear import LinearTuner
+from rankbits.tuners.sbora.layer import SboraLinear
+
+
+class SboraModel(LinearTuner):
+    """A model with SBoRA adapters in its linear layers; made by `peft.get_peft_model`."""
+
+    prefix = "sbora_"
+    layer_class = SboraLinear
+    tuner_layer_cls = SboraLinear
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, but an adapter that does not fit some layer is taken out of those where it did.
+
+        Raises:
+            ValueError: r exceeds a matrix, or a disjoint adapter does not fit beside the others of a layer.
+            TypeError: a target is no linear layer.
+        """
+        before = {name for name, _ in sbora_layers(model)}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except (ValueError, TypeError):
+            for name, layer in list(sbora_layers(model)):
+                if name in before:
+                    layer.delete_adapter(adapter_name)
+                else:
+                    parent, _, child = name.rpartition(".")
+                    setattr(model.get_submodule(parent), child, layer.get_base_layer())
+            raise
+
+    def unmerge_adapter(self, adapter_names: list[str] | None = None) -> None:
+        """Take merged adapters out of the base weights, in any order, bit for bit.
+
+        Args:
+            adapter_names: which of them; all if None.
+
+        Raises:
+            ValueError: one of them is merged nowhere; nothing has changed.
+        """
+        layers = [layer for _, layer in sbora_layers(self.model)]
+        if adapter_names is not None:
+            merged = {name for layer in layers for name in layer.merged_adapters}
+            missing = sorted(set(adapter_names) - merged)
+            if missing:
+                raise ValueError(f"adapters {missing} cannot be unmerged: merged are {sorted(merged)}")
+        for layer in layers:
+            if adapter_names is None or set(adapter_names) & set(layer.merged_adapters):
+                with onload_layer(layer):
+                    layer.unmerge(adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        entries: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            for name, layer in sbora_layers(model):
+                saved = entries.get(f"{name}.sbora_indices.{adapter_name}")
+                if saved is not None and adapter_name in layer.sbora_indices:
+                    layer.check_saved(adapter_name, saved.tolist(), name)
+        except ValueError:
+            # PEFT has put an empty adapter in by now, which must not stay beside those that were there.
+            if len(getattr(model, "peft_config", ())) > 1:
+                model.delete_adapter(adapter_name)  # type: ignore[operator]
+            raise
+        return entries
+
+
+def sbora_layers(model: nn.Module) -> Iterator[tuple[str, SboraLinear]]:
+    """All SBoRA layers of a model with their qualified names, in module order."""
+    for name, module in model.named_modules():
+        if isinstance(module, SboraLinear):
+            yield name, module
