@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rankbits.tuners.bayesian_lora import harden as harden
     from rankbits.tuners.bayesian_lora import summarize as summarize
     from rankbits.tuners.bayesian_lora.summary import summary as summary
+    from rankbits.tuners.mora import MoraConfig as MoraConfig
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _PUBLIC = {
     "BayesianLoraConfig": "rankbits.tuners.bayesian_lora",
     "Budget": "rankbits.accounting.budget",
     "GateSchedule": "rankbits.training.schedule",
+    "MoraConfig": "rankbits.tuners.mora",
     "RankbitsCallback": "rankbits.training.callback",
     "cost": "rankbits.accounting.measure",
     "cost_table": "rankbits.reports.cost_table",
@@ -46,6 +48,7 @@ __all__ = [
     "BayesianLoraConfig",
     "Budget",
     "GateSchedule",
+    "MoraConfig",
     "RankbitsCallback",
     "__version__",
     "cost",

@@ -13,3 +13,4 @@ class RankbitsPeftType(str, enum.Enum):
     """
 
     BAYESIAN_LORA = "BAYESIAN_LORA"
+    MORA = "MORA"

@@ -7,9 +7,13 @@ from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner
 
 from rankbits.tuners.bayesian_lora import BayesianLoraConfig, BayesianLoraModel
+from rankbits.tuners.mora import MoraConfig, MoraModel
 from rankbits.tuners.peft_type import RankbitsPeftType
 
-TUNERS = {RankbitsPeftType.BAYESIAN_LORA: (BayesianLoraConfig, BayesianLoraModel)}
+TUNERS = {
+    RankbitsPeftType.BAYESIAN_LORA: (BayesianLoraConfig, BayesianLoraModel),
+    RankbitsPeftType.MORA: (MoraConfig, MoraModel),
+}
 TABLES = ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING")
 HOOKS = ("_get_adapter_state_dict", "_create_and_replace", "_replace_module", "inject_adapter")
 
