@@ -71,9 +71,15 @@ class Form:
     fold: bool = False
 
     @property
+    def works_by_blocks(self) -> bool:
+        """Whether M multiplies every block of the input."""
+        # Compiled code is made anew where the identity of an enum differs, but not where its membership in a set does.
+        return self.kind is MoraType.DECOUPLING or self.kind is MoraType.ROTATION
+
+    @property
     def blocks(self) -> int:
         """How many blocks of the input M multiplies; 1 where the type has no blocks."""
-        if self.kind not in BLOCKWISE:
+        if not self.works_by_blocks:
             return 1
         return block_count(self.in_features, self.out_features, self.side, fold=self.fold)
 
@@ -107,7 +113,7 @@ def update_output(x: Tensor, matrix: Tensor, form: Form) -> Tensor:
     Returns:
         [..., out_features].
     """
-    if form.kind in BLOCKWISE:
+    if form.works_by_blocks:
         blocks = cut(x, form.side, form.blocks)  # [..., blocks, side]
         if form.kind is MoraType.ROTATION:
             blocks = rotate(blocks)
@@ -126,7 +132,7 @@ def delta_weight(matrix: Tensor, form: Form) -> Tensor:
     Returns:
         [out_features, in_features].
     """
-    if form.kind in BLOCKWISE:
+    if form.works_by_blocks:
         matrices = matrix.expand(form.blocks, -1, -1)  # [blocks, side, side]
         if form.kind is MoraType.ROTATION:
             # Row i of M R_b is R_b^T m_i, which is m_i turned back.
@@ -154,7 +160,7 @@ def lora_factors(matrix: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the type works by blocks.
     """
-    if form.kind in BLOCKWISE:
+    if form.works_by_blocks:
         raise ValueError(
             f"an update of type {form.kind.value!r} is no low-rank product: its {form.blocks} blocks of side "
             f"{form.side} reach rank {min(form.in_features, form.out_features)}, the whole rank of a "
