@@ -29,6 +29,7 @@ _OPERANDS = {
     "lora_E": "E",
     "bayesian_lora_diagonal": "E",
     "lora_magnitude_vector": "magnitude",
+    "mora_M": "M",
 }
 """Containers of adapter parameters by the name of the operand."""
 
