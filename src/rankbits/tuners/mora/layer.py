@@ -96,8 +96,8 @@ class MoraLinear(AdapterLinear):
         return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: the update is all the adapter does."""
-        return True
+        """False for types that work by blocks: PEFT's conversion could only approximate an update of full rank."""
+        return adapter_name not in self.forms or not self.forms[adapter_name].works_by_blocks
 
     def __repr__(self) -> str:
         return "mora." + super().__repr__()
