@@ -214,8 +214,9 @@ def test_the_output_has_the_dtype_of_the_input(kind, dtype, autocast_adapter_dty
     assert found.dtype == dtype
     expected = layer.base_layer(x).double() + x.double() @ layer.get_delta_weight("default").double().T
     _close(found.detach(), expected.detach(), dtype)
+    # The cast makes another parameter, which is the one that has to learn.
     found.float().sum().backward()
-    assert bool(torch.isfinite(layer.mora_M["default"].grad).all())
+    assert bool((layer.mora_M["default"].grad != 0).any())
 
 
 @kinds
