@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rankbits.tuners.bottleneck import BottleneckConfig as BottleneckConfig
     from rankbits.tuners.dylora import DyloraConfig as DyloraConfig
     from rankbits.tuners.dylora import set_rank as set_rank
+    from rankbits.tuners.mora import MoraConfig as MoraConfig
     from rankbits.tuners.sbora import SboraConfig as SboraConfig
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ _PUBLIC = {
     "DyloraConfig": "rankbits.tuners.dylora",
     "DyloraSchedule": "rankbits.training.rank_schedule",
     "GateSchedule": "rankbits.training.schedule",
+    "MoraConfig": "rankbits.tuners.mora",
     "RankbitsCallback": "rankbits.training.callback",
     "SboraConfig": "rankbits.tuners.sbora",
     "cost": "rankbits.accounting.measure",
@@ -62,6 +64,7 @@ __all__ = [
     "DyloraConfig",
     "DyloraSchedule",
     "GateSchedule",
+    "MoraConfig",
     "RankbitsCallback",
     "SboraConfig",
     "__version__",

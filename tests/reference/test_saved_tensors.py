@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from rankbits import BayesianLoraConfig
+from rankbits import BayesianLoraConfig, MoraConfig
 from rankbits.accounting.activations import forward_bytes
 from rankbits.accounting.architectures.read import Head, read_shape
 from rankbits.accounting.settings import TrainingSettings
@@ -86,6 +86,8 @@ def adapt(model: Any, family: str, method: Method, **changes: Any) -> Any:
     shared |= {"task_type": "SEQ_CLS" if family == "bert" else "CAUSAL_LM"}
     if method is Method.LORA:
         return get_peft_model(model, LoraConfig(r=4, **shared)).train()
+    if method is Method.MORA:
+        return get_peft_model(model, MoraConfig(r=4, **shared)).train()
     if method is Method.BAYESIAN_LORA:
         # With B at zero its quantizer would have nothing to make a range of.
         config = BayesianLoraConfig(r=4, calibration_passes=0, init_weights=False, **shared, **changes)
@@ -134,6 +136,15 @@ def test_dropout_keeps_its_noise_and_takes_the_fused_kernel_away(method: Method,
     model = settled(adapt(model, "bert", method), inputs)
     settings = TrainingSettings(batch=BATCH, sequence_length=LENGTH, attention=attention)
     found = forward_bytes(shape, described("bert", method), settings)
+    assert found.kept + found.logits == kept_bytes(model, inputs)[0]
+
+
+@pytest.mark.parametrize(("family", "dropout"), [("bert", 0.0), ("bert", 0.1), ("llama", 0.0)])
+def test_mora_keeps_the_blocks_that_its_matrix_multiplies(family: str, dropout: float) -> None:
+    model, shape, inputs = build(family, dropout=dropout)
+    model = adapt(model, family, Method.MORA)
+    settings = TrainingSettings(batch=BATCH, sequence_length=LENGTH, dropout=dropout > 0)
+    found = forward_bytes(shape, described(family, Method.MORA), settings)
     assert found.kept + found.logits == kept_bytes(model, inputs)[0]
 
 

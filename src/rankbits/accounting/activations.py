@@ -21,6 +21,7 @@ from rankbits.accounting.spec import (
     Attention,
     Convolution,
     Linear,
+    Method,
     MethodSpec,
     ModelShape,
     Norm,
@@ -151,9 +152,10 @@ class _Walk:
         before = self.carried or (adapted and "input" in self.spec.sites)
         if part.rows is not Rows.HEAD:
             self.ledger.write(rows * part.d_out * self.width)
-        if trained or adapted:
+        # MoRA's matrix reads what it compressed, not the input.
+        if trained or (adapted and self.spec.method is not Method.MORA):
             self._hold_input(part, rows)
-            self.flows = True
+        self.flows |= trained or adapted
         if adapted:
             own = self.adapted[part.name]
             keep_adapter(self.ledger, part, self.spec, own, rows, self.settings, carries=before)

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from rankbits.accounting.ledger import Ledger
-from rankbits.accounting.methods import FIXED_DOWN, FIXED_UP, LOW_RANK, WITH_MAGNITUDE, mora_side
+from rankbits.accounting.methods import (
+    FIXED_DOWN,
+    FIXED_UP,
+    LOW_RANK,
+    ROTATION_BELOW,
+    WITH_MAGNITUDE,
+    mora_blocks,
+    mora_side,
+)
 from rankbits.accounting.quantizers import GATES_PER_QUANTIZER, Owned, ranges
 from rankbits.accounting.settings import TrainingSettings
 from rankbits.accounting.spec import Linear, Method, MethodSpec
@@ -44,9 +52,11 @@ def keep_adapter(
     if spec.method is Method.BAYESIAN_LORA:
         _keep_bayesian(ledger, linear, spec, own, rows, settings, carries=carries)
     elif spec.method is Method.MORA:
-        side = rows * mora_side(linear, spec.rank) * width
-        ledger.keep(side)
-        ledger.write(side, side, output, output)
+        squeezed = mora_blocks(linear, spec.rank) * mora_side(linear, spec.rank) * width
+        ledger.keep(rows * squeezed)
+        if carries and spec.rank < ROTATION_BELOW:
+            ledger.keep(squeezed)  # sines and cosines, through which the input's gradient goes back
+        ledger.write(rows * squeezed, rows * squeezed, output, output)
     elif spec.method in FIXED_UP:
         ledger.write(hidden, hidden, output)
     elif spec.method in LOW_RANK or spec.method in FIXED_DOWN:

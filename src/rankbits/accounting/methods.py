@@ -83,15 +83,25 @@ def mora_side(linear: Linear, rank: int) -> int:
     return side
 
 
+def mora_blocks(linear: Linear, rank: int) -> int:
+    """Blocks of one input row that MoRA's matrix multiplies: where it rotates, those that reach an output; else 1.
+
+    Raises:
+        ModelError: the matrix would be larger than the layer.
+    """
+    side = mora_side(linear, rank)
+    return -(-min(linear.d_in, linear.d_out) // side) if rank < ROTATION_BELOW else 1
+
+
 def adapter_products(
     linear: Linear, spec: MethodSpec, rows: int, *, adapter: str = "default", constant: bool = False
 ) -> list[Product]:
     """Matrix products that the adapter of one linear layer runs beside it, unmerged, 32 bits wide.
 
     With n rows and active rank a: n a (d_in + d_out) MACs for A and B (Hu et al. 2022), one half of it for SBoRA
-    (Po et al. 2024), n s^2 for MoRA, or ceil(d_in / s) times that where it rotates. DoRA as PEFT runs it multiplies an
-    identity through A and B at each call for the norm of the weight: r d_in (d_in + d_out) more, which does not
-    depend on the input.
+    (Po et al. 2024), n s^2 for MoRA, or ceil(min(d_in, d_out) / s) times that where it rotates: blocks of the input
+    whose results would be cut off are not multiplied. DoRA as PEFT runs it multiplies an identity through A and B at
+    each call for the norm of the weight: r d_in (d_in + d_out) more, which does not depend on the input.
 
     Args:
         linear: the layer, which the caller knows to be adapted.
@@ -134,7 +144,7 @@ def _shapes(
         return
     if spec.method is Method.MORA:
         side = mora_side(linear, spec.rank)
-        yield "mora", "c", "M", (rows * _blocks(linear, spec.rank, side), side, side), constant
+        yield "mora", "c", "M", (rows * mora_blocks(linear, spec.rank), side, side), constant
     if spec.method in LOW_RANK or spec.method in FIXED_UP:
         yield "lora_down", "x", "A", (rows, d_in, rank), constant
     if spec.method in LOW_RANK:
@@ -170,13 +180,9 @@ def adapter_elements(linear: Linear, spec: MethodSpec, rows: int) -> list[Elemen
         work["weight_norm"] = d_in * d_out
     if spec.method is Method.MORA:
         side = mora_side(linear, spec.rank)
-        squeezed = rows * _blocks(linear, spec.rank, side) * side
+        squeezed = rows * mora_blocks(linear, spec.rank) * side
         work = {"compress": squeezed, "expand": rows * d_out, "adapter_add": rows * d_out}
     return [ElementWork(module=linear.name, op=op, elements=elements) for op, elements in work.items()]
-
-
-def _blocks(linear: Linear, rank: int, side: int) -> int:
-    return -(-linear.d_in // side) if rank < ROTATION_BELOW else 1
 
 
 def bottleneck_width(shape: ModelShape, spec: MethodSpec) -> int:

@@ -79,7 +79,8 @@ def adapter_sizes(shape: ModelShape, spec: MethodSpec) -> Iterator[int]:
     own = owned(layers, spec)
     for linear in layers:
         found = layer_count(linear, spec, own[linear.name])
-        if found.adapter == spec.rank * (linear.d_in + linear.d_out):
+        # MoRA's one matrix may have exactly as many elements as LoRA's two.
+        if spec.method is not Method.MORA and found.adapter == spec.rank * (linear.d_in + linear.d_out):
             yield from (spec.rank * linear.d_in, spec.rank * linear.d_out)
         else:
             yield found.adapter

@@ -16,3 +16,4 @@ class RankbitsPeftType(str, enum.Enum):
     BOTTLENECK = "BOTTLENECK"
     DYLORA = "DYLORA"
     SBORA = "SBORA"
+    MORA = "MORA"

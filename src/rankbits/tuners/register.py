@@ -10,6 +10,7 @@ from rankbits.tuners.bayesian_lora import BayesianLoraConfig, BayesianLoraModel
 from rankbits.tuners.bayesian_lora.attention import register_attention
 from rankbits.tuners.bottleneck import BottleneckConfig, BottleneckModel
 from rankbits.tuners.dylora import DyloraConfig, DyloraModel
+from rankbits.tuners.mora import MoraConfig, MoraModel
 from rankbits.tuners.peft_type import RankbitsPeftType
 from rankbits.tuners.sbora import SboraConfig, SboraModel
 
@@ -17,6 +18,7 @@ TUNERS: dict[RankbitsPeftType, tuple[type[PeftConfig], type[BaseTuner]]] = {
     RankbitsPeftType.BAYESIAN_LORA: (BayesianLoraConfig, BayesianLoraModel),
     RankbitsPeftType.BOTTLENECK: (BottleneckConfig, BottleneckModel),
     RankbitsPeftType.DYLORA: (DyloraConfig, DyloraModel),
+    RankbitsPeftType.MORA: (MoraConfig, MoraModel),
     RankbitsPeftType.SBORA: (SboraConfig, SboraModel),
 }
 TABLES = ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING")

@@ -35,6 +35,7 @@ _OPERANDS = {
     "lora_magnitude_vector": "magnitude",
     "bottleneck_down": "D",
     "bottleneck_up": "U",
+    "mora_M": "M",
 }
 """Containers of adapter parameters by the name of the operand."""
 
