@@ -77,6 +77,12 @@ class AdapterLinear(nn.Module, BaseTunerLayer, ABC):
     def check_mergeable(self, adapter_names: list[str]) -> None:
         """Raise if merging these adapters would change what the layer computes."""
 
+    def get_base_weight(self) -> Tensor:
+        """The weight of the base layer as it stores it, dequantized if it is quantized."""
+        restore_layout(self.get_base_layer())
+        weight: Tensor = super().get_base_weight()
+        return weight
+
     def oriented(self, weight: Tensor) -> Tensor:
         """A base weight as [out_features, in_features], or such a weight as the base layer stores it."""
         return weight.T if self.is_transposed else weight
@@ -135,6 +141,16 @@ class AdapterLinear(nn.Module, BaseTunerLayer, ABC):
         weight = self.get_base_weight()
         full = self.oriented(weight).to(torch.float32)
         return self.oriented(self.merged_weight(adapter, full) - full).to(weight.dtype)
+
+
+def restore_layout(base: nn.Module) -> None:
+    """Undo what bitsandbytes does to a 4-bit weight in its first evaluation pass on CPUs with AVX512-BF16.
+
+    It rearranges the codes there, and PEFT would dequantize them in the wrong order. Listing the state puts them back.
+    """
+    quant_state = getattr(getattr(base, "weight", None), "quant_state", None)
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        base.state_dict()
 
 
 def _features(base: nn.Module, key: str, *, quantized: bool) -> tuple[int, int]:

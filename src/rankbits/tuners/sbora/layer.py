@@ -19,7 +19,6 @@ from rankbits.tuners.sbora.written import (
     WrittenAndRequantized,
     WrittenInPlace,
     WrittenUpdates,
-    restore_layout,
 )
 
 RANDOM_STANDARD_DEVIATION = 0.02
@@ -237,12 +236,6 @@ class SboraLinear(AdapterLinear):
         names = set(self.merged_adapters if adapter_names is None else adapter_names)
         self._written.remove(self, names)
         self.merged_adapters = [name for name in self.merged_adapters if name not in names]
-
-    def get_base_weight(self) -> Tensor:
-        """The weight of the base layer as it stores it, dequantized if it is quantized."""
-        restore_layout(self.get_base_layer())
-        weight: Tensor = super().get_base_weight()
-        return weight
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What an adapter adds to the base weight, in the base layer's shape and dtype: zero outside its slice.

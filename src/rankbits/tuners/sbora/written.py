@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rankbits.tuners.linear import AdapterLinear
+from rankbits.tuners.linear import AdapterLinear, restore_layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,16 +138,6 @@ class QuantizedBase:
             self.base.quant_state = self.quant_state
         if self.state is not None:
             _reset(self.base.state, self.state)
-
-
-def restore_layout(base: nn.Module) -> None:
-    """Undo what bitsandbytes does to a 4-bit weight in its first evaluation pass on CPUs with AVX512-BF16.
-
-    It rearranges the codes there, and PEFT would dequantize them in the wrong order. Listing the state puts them back.
-    """
-    quant_state = getattr(getattr(base, "weight", None), "quant_state", None)
-    if getattr(quant_state, "packing_format_for_cpu", False):
-        base.state_dict()
 
 
 def _reset(target: Any, attributes: dict[str, Any]) -> None:
