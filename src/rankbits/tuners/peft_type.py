@@ -1,8 +1,9 @@
-"""The names under which PEFT knows our tuners."""
+"""The names under which PEFT knows our tuners, and the form in which it keeps the names of modules."""
 
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 
 class RankbitsPeftType(str, enum.Enum):
@@ -17,3 +18,14 @@ class RankbitsPeftType(str, enum.Enum):
     DYLORA = "DYLORA"
     SBORA = "SBORA"
     MORA = "MORA"
+
+
+def names_as_sets(config: Any) -> None:
+    """Make sets of a configuration's lists of module names, as PEFT compares and stores them.
+
+    Args:
+        config: a `PeftConfig` with `target_modules` and `exclude_modules`, changed in place.
+    """
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(getattr(config, key), list):
+            setattr(config, key, set(getattr(config, key)))

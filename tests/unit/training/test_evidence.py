@@ -284,3 +284,18 @@ def test_a_budget_of_the_whole_model_is_met_by_the_widths_of_attention_too(alloc
     if allocation == "evidence":
         assert {"queries output", "keys output", "values output", "values probabilities"} <= set(measured)
         assert all(float(evidence[0]) > 0 for name, evidence in measured.items() if not name.endswith("weight"))
+
+
+def test_a_budget_is_met_by_evidence_that_was_drawn_together() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+    settings = {"placement": "merged", "quantizers": ["weight"], "learn_rank": False}
+    model = get_peft_model(base, BayesianLoraConfig(r=2, target_modules=list("0123"), **settings))
+    schedule = GateSchedule(model, 4, budget="bits=4", allocation="evidence", phases=(0.5, 0.0, 0.5))
+    schedule.step()
+    # At its word 8 bits for the first are worth more than 4 for the last two: 0.03 / 4 against 0.01 / 2 a bit.
+    tiny = [1e-9, 1e-9]
+    evidence = torch.tensor([[1, 0.03, *tiny], [1, 0.001, *tiny], [0.01, 0.001, *tiny], [0.01, 0.001, *tiny]])
+    schedule.controller.table.set_evidence(evidence)
+    schedule.step()
+    assert [entry.bits["weight"] for entry in summarize(model)] == [4, 4, 4, 4]

@@ -11,7 +11,7 @@ from peft import PeftConfig
 
 from rankbits.gates.hard_concrete import OPEN_LOGIT
 from rankbits.quant.grid import Granularity, RangeLayout
-from rankbits.tuners.peft_type import RankbitsPeftType
+from rankbits.tuners.peft_type import RankbitsPeftType, names_as_sets
 
 
 class Site(str, Enum):
@@ -163,11 +163,7 @@ class BayesianLoraConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = RankbitsPeftType.BAYESIAN_LORA
         self._operand: Operand | None = None
-        # PEFT compares and stores collections of module names as sets.
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        names_as_sets(self)
         problems = [*self._number_problems(), *self._name_problems()]
         if problems:
             raise ValueError("BayesianLoraConfig: " + "; ".join(problems))

@@ -7,7 +7,7 @@ from enum import Enum
 
 from peft import PeftConfig
 
-from rankbits.tuners.peft_type import RankbitsPeftType
+from rankbits.tuners.peft_type import RankbitsPeftType, names_as_sets
 
 
 class Kind(str, Enum):
@@ -101,11 +101,7 @@ class BottleneckConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = RankbitsPeftType.BOTTLENECK
-        # PEFT compares and stores collections of module names as sets.
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        names_as_sets(self)
         problems = [*self._number_problems(), *self._name_problems(), *self._place_problems()]
         if problems:
             raise ValueError("BottleneckConfig: " + "; ".join(problems))

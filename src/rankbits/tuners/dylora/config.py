@@ -7,7 +7,7 @@ from enum import Enum
 
 from peft import PeftConfig
 
-from rankbits.tuners.peft_type import RankbitsPeftType
+from rankbits.tuners.peft_type import RankbitsPeftType, names_as_sets
 
 
 class TrainMode(str, Enum):
@@ -61,11 +61,7 @@ class DyloraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = RankbitsPeftType.DYLORA
-        # PEFT compares and stores collections of module names as sets.
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        names_as_sets(self)
         problems = self._problems()
         if problems:
             raise ValueError("DyloraConfig: " + "; ".join(problems))

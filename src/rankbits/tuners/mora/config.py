@@ -8,7 +8,7 @@ from peft import PeftConfig
 
 from rankbits.tuners.mora.side import Rounding
 from rankbits.tuners.mora.update import BLOCKWISE, NUMBERED, MoraType
-from rankbits.tuners.peft_type import RankbitsPeftType
+from rankbits.tuners.peft_type import RankbitsPeftType, names_as_sets
 
 ROTATION_BELOW = 64
 """Below this rank rotation is the usual type, from it on sharing: each group is small then."""
@@ -58,11 +58,7 @@ class MoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = RankbitsPeftType.MORA
-        # PEFT compares and stores collections of module names as sets.
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        names_as_sets(self)
         problems = [*self._number_problems(), *self._name_problems()]
         if problems:
             raise ValueError("MoraConfig: " + "; ".join(problems))
