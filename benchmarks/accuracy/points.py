@@ -1,4 +1,4 @@
-"""The points of the study, in the order in which they are run: what is trained on what, with which settings."""
+"""The points of the study, in the order in which they are run: what is trained on what, how."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ GROUP_SIZE = 64
 
 LEARNING_RATES = ("5e-4", "1e-3", "2e-3")
 LEARNING_RATE = "1e-3"
-"""For every task and method; `--table` shows what it was chosen on."""
+"""LoRA's for every task; `--table` shows what it was chosen on."""
+OUR_RATE = "1e-3"
+"""Ours, with learned and with fixed gates, chosen in the same way."""
 ADALORA_RATES = ("1e-3", "2e-3", "5e-3")
 ADALORA_RATE = "2e-3"
 """AdaLoRA's own, chosen in the same way: its start learns more slowly at LoRA's rate."""
@@ -53,6 +55,19 @@ RECIPE = (
 """What our points share beside sites and budget: widths are chosen after a fifth of the steps."""
 SITES = {"merged": "[weight,input]", "separate": "[weight,down,diagonal,up,input]"}
 """Q_out is left out: the next layer's input quantizer rounds what this one writes."""
+ABLATIONS = {
+    "warmup0.1": "gates.warmup=0.1",
+    "warmup0.4": "gates.warmup=0.4",
+    "fixed0.5": "gates.fixed=0.5",
+    "range-rate1e-3": "gates.range_learning_rate=0.001",
+    "range-rate3e-2": "gates.range_learning_rate=0.03",
+    "all-rows": "adapter.weight_gradient_rows=null",
+    "descent": "gates.allocation=descent",
+    "channel": "adapter.granularity=channel",
+    "init-adalora": "adapter.init_weights=adalora",
+    "calibration10": "adapter.calibration_passes=10",
+}
+"""The default recipe with one of its choices changed, on rows held out of training."""
 PAPER = (
     "adapter.targets=[query,key,value]",
     "gates.lambda_q=1",
@@ -130,21 +145,21 @@ def learned(task: str, variant: str, placement: str, budget: float, seed: int) -
     """Learned widths, with or without learned ranks, under a budget of bit operations."""
     ranks = () if variant == "q-ra" else ("adapter.learn_rank=false",)
     limits = f"bops={budget:g}" if budget > NARROW else f"[bops={budget:g},bytes={BYTES:g}]"
-    changes = (*ours(placement), *ranks, f"gates.budget={limits}", *work(task, seed))
+    changes = (*ours(placement), *ranks, f"gates.budget={limits}", *work(task, seed, rate=OUR_RATE))
     return Point(task, f"{variant}-{placement}-bops{budget:g}", seed, changes=changes)
 
 
 def uniform(task: str, widths: tuple[int, int], granularity: str, seed: int) -> Point:
     """The same quantizers with gates that stand still at one width for all layers: quantization-aware LoRA."""
     label = f"uniform-w{widths[0]}a{widths[1]}-{granularity}"
-    changes = (*ours(DEFAULT_PLACEMENT, granularity), "adapter.learn_rank=false", *work(task, seed))
+    changes = (*ours(DEFAULT_PLACEMENT, granularity), "adapter.learn_rank=false", *work(task, seed, rate=OUR_RATE))
     return Point(task, label, seed, Kind.FIXED, changes, widths=widths)
 
 
 def permuted(task: str, budget: float, seed: int) -> Point:
     """Learned widths and ranks, dealt out to other layers at the same cost and trained with fixed gates."""
     source = learned(task, "q-ra", DEFAULT_PLACEMENT, budget, seed)
-    changes = (*ours(DEFAULT_PLACEMENT), *work(task, seed))
+    changes = (*ours(DEFAULT_PLACEMENT), *work(task, seed, rate=OUR_RATE))
     return Point(task, f"permuted-bops{budget:g}", seed, Kind.FIXED, changes, source=source.name)
 
 
@@ -169,30 +184,36 @@ def paper(task: str, seed: int) -> Point:
     return Point(task, "paper", seed, changes=changes)
 
 
+def _held_out(task: str, name: str, rate: str, kind: Kind, *more: str) -> Point:
+    changes = (*more, *work(task, FIRST_SEED, rate=rate), "task.evaluate_on=development")
+    return Point(task, name, FIRST_SEED, kind, changes)
+
+
+def _under_a_budget(*more: str) -> tuple[str, ...]:
+    return (*ours(DEFAULT_PLACEMENT), f"gates.budget=[bops={NARROW:g},bytes={BYTES:g}]", *more)
+
+
 def rate_choices() -> list[Point]:
     """Learning rates tried on a slice of the training rows that is held out; validation is not read."""
-    held_out = "task.evaluate_on=development"
-    tried = [
-        Point(
-            task,
-            f"lora-development-lr{rate}",
-            FIRST_SEED,
-            changes=("method=lora", *work(task, FIRST_SEED, rate=rate), held_out),
-        )
+    rates, fitted = LEARNING_RATES, _under_a_budget()
+    points = [
+        _held_out(task, f"{label}-development-lr{rate}", rate, Kind.RECIPE, *changes)
+        for label, changes in (("lora", ("method=lora",)), ("q-ra", fitted))
         for task in CURVE_TASKS
-        for rate in LEARNING_RATES
+        for rate in rates
     ]
     adaptive = [
-        Point(
-            "stsb",
-            f"adalora-development-lr{rate}",
-            FIRST_SEED,
-            Kind.ADALORA,
-            ("method=lora", *work("stsb", FIRST_SEED, rate=rate), held_out),
-        )
-        for rate in ADALORA_RATES
+        _held_out("stsb", f"adalora-development-lr{rate}", rate, Kind.ADALORA, "method=lora") for rate in ADALORA_RATES
     ]
-    return [*tried, *adaptive]
+    return [*points, *adaptive]
+
+
+def ablations() -> list[Point]:
+    """The default recipe with one choice changed at a time, beside which `q-ra-development` at its rate stands."""
+    return [
+        _held_out("stsb", f"q-ra-development-{name}", OUR_RATE, Kind.RECIPE, *_under_a_budget(change))
+        for name, change in ABLATIONS.items()
+    ]
 
 
 def _seeded() -> list[tuple[str, int]]:
@@ -218,6 +239,7 @@ def _all() -> list[Point]:
     points += [adalora(t, s) for s in SEEDS for t in CURVE_TASKS]
     points += [paper(t, FIRST_SEED) for t in CURVE_TASKS]
     points += [foreign(t, FIRST_SEED) for t in CURVE_TASKS]
+    points += ablations()
     return list({point.name: point for point in points}.values())
 
 

@@ -66,11 +66,13 @@ def test_the_shipped_letter_of_the_paper_is_the_one_whose_results_are_stored(stu
         assert getattr(shipped, section) == getattr(studied, section)
 
 
-def test_all_methods_share_rows_steps_rate_and_modules(study) -> None:
+def test_all_methods_share_rows_steps_and_modules_and_ours_one_rate(study) -> None:
     points = study.load("points")
     for task in ("stsb", "sst2"):
-        shared = set(points.work(task, 43))
-        assert f"training.learning_rate={points.LEARNING_RATE}" in shared
+        assert f"training.learning_rate={points.LEARNING_RATE}" in points.lora(task, 43).changes
+        rates = ("training.learning_rate=",)
+        shared = {change for change in points.work(task, 43) if not change.startswith(rates)}
+        assert len(shared) == len(points.work(task, 43)) - 1
         for point in (
             points.lora(task, 43),
             points.learned(task, "q", "separate", 0.25, 43),
@@ -78,6 +80,19 @@ def test_all_methods_share_rows_steps_rate_and_modules(study) -> None:
             points.permuted(task, 0.125, 43),
         ):
             assert shared <= set(point.changes), point.name
+            own = points.LEARNING_RATE if point.label == "lora" else points.OUR_RATE
+            assert f"training.learning_rate={own}" in point.changes, point.name
+
+
+def test_choices_are_made_on_rows_held_out_of_training(study) -> None:
+    points = study.load("points")
+    chosen = [*points.rate_choices(), *points.ablations()]
+    assert all("task.evaluate_on=development" in point.changes for point in chosen)
+    assert {point.name for point in points.POINTS if "development" in point.label} == {point.name for point in chosen}
+    compared = points.Point("stsb", f"q-ra-development-lr{points.OUR_RATE}", 42)
+    plain = next(point for point in chosen if point.name == compared.name)
+    for point in points.ablations():
+        assert len(set(point.changes) - set(plain.changes)) == 1
 
 
 def test_a_finished_point_and_one_without_its_source_do_not_start(study) -> None:
