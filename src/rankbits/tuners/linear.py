@@ -190,6 +190,25 @@ class LinearTuner(BaseTuner, ABC):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, but an adapter that cannot be put into some layer is taken out of those where it already is."""
+        before = {name for name, _ in self._adapted_layers(model)}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            for name, layer in list(self._adapted_layers(model)):
+                if name in before:
+                    layer.delete_adapter(adapter_name)
+                else:
+                    parent, _, child = name.rpartition(".")
+                    setattr(model.get_submodule(parent), child, layer.get_base_layer())
+            raise
+
+    def _adapted_layers(self, model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
+        for name, module in model.named_modules():
+            if isinstance(module, self.layer_class):
+                yield name, module
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # Without this hook PEFT would ignore the argument and answer every row with the active adapter.

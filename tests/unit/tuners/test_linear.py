@@ -1,10 +1,23 @@
 """What every tuner of linear layers shares: dtypes in and out, what is left when adapters go."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from peft import PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from rankbits import BayesianLoraConfig, BottleneckConfig, DyloraConfig, MoraConfig, SboraConfig
 from rankbits.tuners.bayesian_lora import adapted_layers
+
+CONFIGS: dict[str, Callable[[list[str]], PeftConfig]] = {
+    "bayesian-lora": lambda targets: BayesianLoraConfig(r=2, learn_bits=False, target_modules=targets),
+    "dylora": lambda targets: DyloraConfig(r=2, target_modules=targets),
+    "houlsby": lambda targets: BottleneckConfig(kind="houlsby", target_modules=targets),
+    "mora": lambda targets: MoraConfig(r=1, mora_type="sharing", target_modules=targets),
+    "sbora": lambda targets: SboraConfig(r=2, target_modules=targets),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -43,3 +56,33 @@ def test_a_new_adapter_that_is_not_active_is_frozen(mlp, adapt) -> None:
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained
     assert not [name for name in trained if "other" in name]
+
+
+def _adapters(model: nn.Module) -> dict[str, list[str]]:
+    """Layers that have adapters, with the names of theirs."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {name: sorted(layer._all_available_adapter_names()) for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_target_that_cannot_be_adapted_leaves_the_model_as_it_was(mlp, rows, method) -> None:
+    mlp.add_module("last", nn.Identity())
+    before, expected = dict(mlp.named_modules()), mlp(rows)
+    with pytest.raises(TypeError, match="'last' is a Identity, which cannot be adapted"):
+        get_peft_model(mlp, CONFIGS[method](["0", "2", "last"]))
+    assert dict(mlp.named_modules()) == before
+    assert torch.equal(mlp(rows), expected)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_second_adapter_that_cannot_be_added_leaves_the_first(mlp, rows, method) -> None:
+    mlp.add_module("last", nn.Identity())
+    model = get_peft_model(mlp, CONFIGS[method](["0"])).eval()
+    adapters, expected = _adapters(model), model(rows)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with pytest.raises(TypeError, match="'last' is a Identity"):
+        model.add_adapter("second", CONFIGS[method](["0", "2", "last"]))
+    assert _adapters(model) == adapters
+    assert model.active_adapters == ["default"]
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+    assert torch.equal(model(rows), expected)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import onload_layer
@@ -19,25 +18,6 @@ class SboraModel(LinearTuner):
     prefix = "sbora_"
     layer_class = SboraLinear
     tuner_layer_cls = SboraLinear
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's, but an adapter that does not fit some layer is taken out of those where it did.
-
-        Raises:
-            ValueError: r exceeds a matrix, or a disjoint adapter does not fit beside the others of a layer.
-            TypeError: a target is no linear layer.
-        """
-        before = {name for name, _ in sbora_layers(model)}
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except (ValueError, TypeError):
-            for name, layer in list(sbora_layers(model)):
-                if name in before:
-                    layer.delete_adapter(adapter_name)
-                else:
-                    parent, _, child = name.rpartition(".")
-                    setattr(model.get_submodule(parent), child, layer.get_base_layer())
-            raise
 
     def unmerge_adapter(self, adapter_names: list[str] | None = None) -> None:
         """Take merged adapters out of the base weights, in any order, bit for bit.
