@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankbits.accounting.budget import Budget as Budget
     from rankbits.accounting.measure import cost as cost
+    from rankbits.export.write import export as export
     from rankbits.reports.cost_table import cost_table as cost_table
     from rankbits.training.callback import RankbitsCallback as RankbitsCallback
     from rankbits.training.groups import optimizer_and_scheduler as optimizer_and_scheduler
@@ -49,6 +50,7 @@ _PUBLIC = {
     "SboraConfig": "rankbits.tuners.sbora",
     "cost": "rankbits.accounting.measure",
     "cost_table": "rankbits.reports.cost_table",
+    "export": "rankbits.export",
     "harden": "rankbits.tuners.bayesian_lora",
     "optimizer_and_scheduler": "rankbits.training.groups",
     "regularization_loss": "rankbits.training.objective",
@@ -70,6 +72,7 @@ __all__ = [
     "__version__",
     "cost",
     "cost_table",
+    "export",
     "harden",
     "optimizer_and_scheduler",
     "regularization_loss",
@@ -82,7 +85,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'rankbits' has no attribute {name!r}; it has {', '.join(sorted(_PUBLIC))}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    module = importlib.import_module(_PUBLIC[name])
+    # A room that can be called stands for its function, whether the room or the function was asked for first.
+    value = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 

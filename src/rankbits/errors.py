@@ -50,6 +50,10 @@ class HardenError(RankbitsError):
     """A model cannot be hardened in its present state."""
 
 
+class ExportError(RankbitsError):
+    """A model cannot be written in a format, or what was written does not compute what the model does."""
+
+
 class NonFiniteError(RankbitsError):
     """A loss, an activation or a gradient became NaN or infinite during training."""
 

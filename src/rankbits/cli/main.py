@@ -10,6 +10,7 @@ import typer
 
 from rankbits.cli.estimate import estimate
 from rankbits.cli.evaluate import evaluate
+from rankbits.cli.export import export
 from rankbits.cli.guard import guarded
 from rankbits.cli.list import list_kind
 from rankbits.cli.published import published
@@ -32,6 +33,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "evaluate": evaluate,
     "report": report,
+    "export": export,
     "estimate": estimate,
     "published": published,
     "validate": validate,

@@ -72,7 +72,7 @@ def test_wrong_arguments_exit_2(arguments: list[str]):
 def test_every_verb_is_there():
     result = _run("--help")
     assert result.exit_code == 0
-    for verb in ("quickstart", "train", "evaluate", "report", "validate", "list"):
+    for verb in ("quickstart", "train", "evaluate", "report", "export", "validate", "list"):
         assert verb in result.stdout
 
 

@@ -273,6 +273,34 @@ class BayesianLoraLinear(GatedAdapters):
         """True where the update is all the adapter does: without quantizers."""
         return not self.effective_sites(adapter_name)
 
+    @torch.no_grad()
+    def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, float]:
+        """The plain LoRA adapter that equals this one, for adapters without gates and quantizers.
+
+        Args:
+            adapter_name: which adapter.
+
+        Returns:
+            Copies of A [r, in_features] and B diag(E) [out_features, r] in at least float32, and the scale s: the
+            update of x [..., in_features] is s * x A^T (B diag(E))^T. The rank r is the hardened one, which may be 0.
+
+        Raises:
+            ValueError: its ranks are not fixed yet, or it has quantizers.
+        """
+        if self.gates_of(adapter_name) is not None:
+            raise ValueError(
+                f"adapter {adapter_name!r} still has gates, which choose its ranks anew whenever they are trained: "
+                "call rankbits.harden(model) first"
+            )
+        sites = [site.value for site in self.effective_sites(adapter_name)]
+        if sites:
+            raise ValueError(
+                f"adapter {adapter_name!r} quantizes {sites}: what it adds to the base weight lies on learned grids, "
+                "which no pair of factors beside the unrounded base can hold"
+            )
+        down, diagonal, up = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in self._factors(adapter_name))
+        return down.clone(), up * diagonal, self.scaling[adapter_name]
+
     def fit_weight_range(self, adapter_name: str) -> None:
         """Fit the ranges of what the weight's quantizer rounds to the width it has now; once."""
         quantizer = self.quantizers_of(adapter_name).get(Site.WEIGHT.value)
