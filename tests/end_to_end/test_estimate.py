@@ -61,6 +61,11 @@ CASES = {
     "ranks alone": ("bert", ["adapter.learn_bits=false"]),
     "few quantizers": ("bert", ["adapter.quantizers=[input,up]"]),
     "a quantized attention": ("bert", ["adapter.targets=[query,key,value]", "adapter.quantize_attention=true"]),
+    "a quantized head": ("bert", ["adapter.modules_to_save=[pooler]", "adapter.quantize_head=true"]),
+    "a quantized head of two layers": (
+        "roberta",
+        ["adapter.targets=[key]", "adapter.r=3", "adapter.quantize_head=true", "adapter.granularity=channel"],
+    ),
     "usual targets": ("deberta", ["adapter.targets=null"]),
     "two modules named classifier": ("distilbert", ["adapter.targets=[q_lin,lin1]"]),
     "a head of two layers": ("roberta", ["adapter.targets=[key]", "adapter.r=3"]),

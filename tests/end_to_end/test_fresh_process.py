@@ -14,7 +14,7 @@ from peft import get_peft_model
 from torch import nn
 
 from rankbits import BayesianLoraConfig, GateSchedule, harden
-from rankbits.tuners.bayesian_lora import adapted_layers
+from rankbits.tuners.bayesian_lora import adapted_layers, quantized_heads
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 SOURCE = Path(__file__).resolve().parents[2] / "src"
@@ -91,6 +91,46 @@ for kind in ("soft", "hard"):
         same,
         same,
     ], answer.stderr
+
+
+def test_another_process_computes_the_same_with_a_quantized_head(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 3)))
+    torch.save(base.state_dict(), tmp_path / "base.pt")
+    config = BayesianLoraConfig(
+        r=2,
+        target_modules=["0"],
+        modules_to_save=["2"],
+        quantizers=["weight"],
+        quantize_head=True,
+        calibration_passes=1,
+    )
+    model, x = get_peft_model(base, config).train(), torch.randn(7, 12)
+    for _ in range(3):
+        model(x)
+    GateSchedule(model, 10).step()
+    with torch.no_grad():
+        for row, (_, head) in enumerate(quantized_heads(model)):
+            head.gates_of("default").bit_logits[:, 1 + row :] = -3.0
+    outputs = {"x": x, "soft": model.eval()(x).detach()}
+    model.save_pretrained(tmp_path / "soft")
+    harden(model)
+    outputs["hard"] = model(x).detach()
+    model.save_pretrained(tmp_path / "hard")
+    torch.save(outputs, tmp_path / "outputs.pt")
+    code = """
+import peft, rankbits, torch
+from torch import nn
+outputs = torch.load("outputs.pt")
+for kind in ("soft", "hard"):
+    base = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 3)))
+    base.load_state_dict(torch.load("base.pt"))
+    model = peft.PeftModel.from_pretrained(base, kind).eval()
+    print(torch.equal(model(outputs["x"]), outputs[kind]), [entry.bits for entry in rankbits.summarize(model)][1:])
+"""
+    answer = _fresh(code, tmp_path)
+    learned = "True [{'weight': 4, 'input': 4}, {'weight': 8, 'input': 8}]"
+    assert answer.stdout.splitlines() == [learned, learned], answer.stderr
 
 
 def test_without_rankbits_the_error_names_the_method(saved) -> None:

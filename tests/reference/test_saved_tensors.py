@@ -192,6 +192,16 @@ def test_a_quantized_attention_keeps_what_its_formula_says(family: str, dropout:
     assert found.kept + found.logits == kept_bytes(settled(model, inputs), inputs)[0]
 
 
+@pytest.mark.parametrize("granularity", [Granularity.TENSOR, Granularity.CHANNEL])
+def test_a_quantized_head_keeps_what_its_formula_says(granularity: Granularity) -> None:
+    model, shape, inputs = build("bert")
+    chosen: dict[str, Any] = {"quantize_head": True, "learn_rank": False}
+    model = adapt(model, "bert", Method.BAYESIAN_LORA, quantizers=["weight"], granularity=granularity.value, **chosen)
+    spec = described("bert", Method.BAYESIAN_LORA, sites=("weight",), granularity=granularity, **chosen)
+    found = forward_bytes(shape, spec, TrainingSettings(batch=BATCH, sequence_length=LENGTH, dropout=False))
+    assert found.kept + found.logits == kept_bytes(settled(model, inputs), inputs)[0]
+
+
 @pytest.mark.parametrize(("family", "method"), CASES)
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision_is_within_a_seventh(family: str, method: Method, autocast: bool) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rankbits.accounting.adapter_activations import EAGER_COPIES, keep_adapter
+from rankbits.accounting.adapter_activations import EAGER_COPIES, keep_adapter, keep_head
 from rankbits.accounting.ledger import Ledger
 from rankbits.accounting.methods import extra_keys, extra_tokens
-from rankbits.accounting.params import targeted
+from rankbits.accounting.params import quantized_heads, targeted
 from rankbits.accounting.quantizers import PROBABILITIES, owned
 from rankbits.accounting.settings import TrainingSettings
 from rankbits.accounting.spec import (
@@ -72,6 +72,7 @@ class _Walk:
     def __post_init__(self) -> None:
         self.trained = trained_in_full(self.shape, self.spec)
         self.adapted = owned(targeted(self.shape, self.spec), self.spec)
+        self.quantized_heads = {linear.name for linear in quantized_heads(self.shape, self.spec)}
         usual = not self.shape.decoder or self.shape.two_stacks
         self.dropout = usual if self.settings.dropout is None else self.settings.dropout
         self.width = self.settings.activation_bytes
@@ -159,6 +160,8 @@ class _Walk:
         if adapted:
             own = self.adapted[part.name]
             keep_adapter(self.ledger, part, self.spec, own, rows, self.settings, carries=before)
+        elif part.name in self.quantized_heads:
+            keep_head(self.ledger, part, self.spec, rows, self.settings)
         if self.settings.autocast and before:
             # The half-precision copy of the weight, which the gradient of the input needs.
             self.ledger.keep(part.d_in * part.d_out * self.width)

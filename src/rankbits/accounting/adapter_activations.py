@@ -12,7 +12,7 @@ from rankbits.accounting.methods import (
     mora_blocks,
     mora_side,
 )
-from rankbits.accounting.quantizers import GATES_PER_QUANTIZER, Owned, ranges
+from rankbits.accounting.quantizers import GATES_PER_QUANTIZER, HEAD_SITES, Owned, ranges
 from rankbits.accounting.settings import TrainingSettings
 from rankbits.accounting.spec import Linear, Method, MethodSpec
 
@@ -67,6 +67,21 @@ def keep_adapter(
         # The base's output and the update are both scaled by the trained magnitude.
         ledger.keep(output, output)
         ledger.write(output, output, linear.d_in * linear.d_out * FLOAT)
+
+
+def keep_head(ledger: Ledger, linear: Linear, spec: MethodSpec, rows: int, settings: TrainingSettings) -> None:
+    """Enter the quantizers of a linear layer that is trained in full; its input is entered by the caller.
+
+    The quantizer of the input keeps what goes in, the product what comes out of both.
+    """
+    width, sites = settings.activation_bytes, HEAD_SITES
+    x, weight = rows * linear.d_in * width, linear.d_in * linear.d_out * width
+    copies = 1 if settings.compiled else 1 + EAGER_COPIES
+    gates = len(sites) * GATES_PER_QUANTIZER * FLOAT
+    ledger.keep(*[gates] * 4, FLOAT * sum(ranges(linear, site, spec) for site in sites))
+    ledger.keep(x, weight)
+    ledger.write(*[x] * copies)
+    ledger.write(*[weight] * copies)
 
 
 def _keep_bayesian(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from rankbits.accounting.params import count, targeted, tensor_sizes
-from rankbits.accounting.quantizers import GATES_PER_QUANTIZER, Owned, owned, range_shape
+from rankbits.accounting.params import count, quantized_heads, targeted, tensor_sizes
+from rankbits.accounting.quantizers import GATES_PER_QUANTIZER, HEAD_SITES, Owned, owned, range_shape
 from rankbits.accounting.settings import TrainingSettings
 from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Part, Table
 from rankbits.accounting.states import optimizer_bytes
@@ -122,6 +122,10 @@ def _adapter(shape: ModelShape, spec: MethodSpec) -> Iterator[Entry]:
     for part in shape.parts:
         if part.name in trained:
             yield from _weights(part, "F32", stem=PEFT_STEM, tied_is_free=False)
+    for linear in quantized_heads(shape, spec):
+        stem = f"{PEFT_STEM}{linear.name}.head_"
+        yield Entry(f"{stem}gates.bit_logits", "F32", (len(HEAD_SITES), GATES_PER_QUANTIZER))
+        yield from _quantizers(linear, spec, HEAD_SITES, stem)
 
 
 def _share(total: int, layers: int, index: int) -> int:
@@ -145,7 +149,11 @@ def _bayesian(linear: Linear, spec: MethodSpec, own: Owned) -> Iterator[Entry]:
         yield Entry(f"{stem}gates.bit_logits", "F32", (len(own.gates), GATES_PER_QUANTIZER))
     if spec.learn_rank and rank > 1:
         yield Entry(f"{stem}gates.rank_logits", "F32", (rank - 1,))
-    for site in own.quantizers:
+    yield from _quantizers(linear, spec, own.quantizers, stem)
+
+
+def _quantizers(linear: Linear, spec: MethodSpec, sites: Sequence[str], stem: str) -> Iterator[Entry]:
+    for site in sites:
         shape = range_shape(linear, site, spec)
         for state, dtype, size in (
             ("passes", "I64", ()),

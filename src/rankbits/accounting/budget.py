@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import isfinite
 from typing import Any
 
 from rankbits.accounting.macs import products
-from rankbits.accounting.params import targeted
-from rankbits.accounting.quantizers import ranges
+from rankbits.accounting.params import quantized_heads, targeted
+from rankbits.accounting.quantizers import HEAD_SITES, ranges
 from rankbits.accounting.spec import Linear, MethodSpec, ModelShape
 from rankbits.errors import RecipeError
 from rankbits.records import CountOptions
@@ -209,7 +209,9 @@ def _at_rank(spec: MethodSpec, rank: int) -> MethodSpec:
 
 
 def _uniform(shape: ModelShape, spec: MethodSpec, width: int) -> MethodSpec:
-    return replace(spec, widths={linear.name: dict.fromkeys(spec.sites, width) for linear in targeted(shape, spec)})
+    widths = {linear.name: dict.fromkeys(spec.sites, width) for linear in targeted(shape, spec)}
+    widths |= {linear.name: dict.fromkeys(HEAD_SITES, width) for linear in quantized_heads(shape, spec)}
+    return replace(spec, widths=widths)
 
 
 def _measure(shape: ModelShape, options: CountOptions, budget: Budget) -> Callable[[MethodSpec], float]:
@@ -221,7 +223,7 @@ def _measure(shape: ModelShape, options: CountOptions, budget: Budget) -> Callab
 
 
 def _bops_share(shape: ModelShape, spec: MethodSpec, options: CountOptions, budget: Budget) -> float:
-    adapted = {linear.name for linear in targeted(shape, spec)}
+    adapted = {linear.name for linear in (*targeted(shape, spec), *quantized_heads(shape, spec))}
     form = options.model_copy(update={"adapters": "merged" if spec.rounds_sum else "unmerged"})
     listed = products(shape, form, spec)
     counted = [p for p in listed if budget.scope is Scope.MODEL or p.module in adapted]
@@ -229,19 +231,20 @@ def _bops_share(shape: ModelShape, spec: MethodSpec, options: CountOptions, budg
     return sum(product.bops for product in counted) / (base * budget.reference_bits**2)
 
 
-def _tensors(linear: Linear, spec: MethodSpec) -> dict[str, int]:
-    """Numbers of each weight that is kept of an adapted layer, by the site of its quantizer."""
-    sizes = {"weight": linear.d_in * linear.d_out}
-    if not spec.rounds_sum:
-        rank = spec.rank
-        sizes |= {"down": rank * linear.d_in, "diagonal": rank, "up": rank * linear.d_out}
-    return sizes
+def _tensors(shape: ModelShape, spec: MethodSpec) -> Iterator[tuple[Linear, dict[str, int]]]:
+    """Numbers of each weight that is kept of an adapted layer or a quantized head, by the site of its quantizer."""
+    rank = 0 if spec.rounds_sum else spec.rank
+    for linear in targeted(shape, spec):
+        beside = {"down": rank * linear.d_in, "diagonal": rank, "up": rank * linear.d_out} if rank else {}
+        yield linear, {"weight": linear.d_in * linear.d_out} | beside
+    for linear in quantized_heads(shape, spec):
+        yield linear, {"weight": linear.d_in * linear.d_out}
 
 
 def _mean_bits(shape: ModelShape, spec: MethodSpec) -> float:
     bits = count = 0
-    for linear in targeted(shape, spec):
-        for site, size in _tensors(linear, spec).items():
+    for linear, sizes in _tensors(shape, spec):
+        for site, size in sizes.items():
             bits += size * spec.widths[linear.name].get(site, 32)
             count += size
     return bits / count
@@ -249,11 +252,11 @@ def _mean_bits(shape: ModelShape, spec: MethodSpec) -> float:
 
 def _bytes_share(shape: ModelShape, spec: MethodSpec, reference_bits: int) -> float:
     size_bytes = base = 0
-    for linear in targeted(shape, spec):
+    for linear, sizes in _tensors(shape, spec):
         base += linear.d_in * linear.d_out * reference_bits // 8
-        for site, size in _tensors(linear, spec).items():
+        for site, size in sizes.items():
             width = spec.widths[linear.name].get(site, 32)
-            scales = ranges(linear, site, spec) if site in spec.sites else 0
+            scales = ranges(linear, site, spec) if site in spec.widths[linear.name] else 0
             size_bytes += (size * width + 7) // 8 + scales * SCALE_BYTES
     return size_bytes / base
 

@@ -20,7 +20,7 @@ from rankbits.accounting.methods import (
     sublayer_elements,
     sublayer_products,
 )
-from rankbits.accounting.params import targeted
+from rankbits.accounting.params import quantized_heads, targeted
 from rankbits.accounting.quantizers import PROBABILITIES, Owned, kept_activations, owned
 from rankbits.accounting.spec import Activation, Attention, Convolution, Linear, MethodSpec, ModelShape, Norm, Rows
 from rankbits.accounting.widths import with_widths
@@ -67,6 +67,7 @@ def elements(shape: ModelShape, options: CountOptions, spec: MethodSpec | None =
     options, beside, _ = _resolved(shape, options, spec)
     quantizing = spec if beside is not None or (spec is not None and spec.rounds_sum) else None
     own = owned(targeted(shape, quantizing), quantizing) if quantizing is not None else {}
+    heads = {linear.name for linear in quantized_heads(shape, spec)} if spec is not None else set()
     work: list[ElementWork] = []
     for part in shape.parts:
         work += _part_elements(part, shape.hidden, options)
@@ -74,6 +75,9 @@ def elements(shape: ModelShape, options: CountOptions, spec: MethodSpec | None =
             rows = row_count(part.rows, options) + _position_rows(part, options)
             work += adapter_elements(part, beside, rows) if beside is not None else []
             work += _quantizer_elements(part, quantizing, own[part.name], rows)
+        elif isinstance(part, Linear) and part.name in heads:
+            rows = row_count(part.rows, options) + _position_rows(part, options)
+            work.append(ElementWork(module=part.name, op="quantizer", elements=rows * part.d_in))
         elif isinstance(part, Attention) and PROBABILITIES in _learned_sites(part.values, quantizing, own):
             elements = part.heads * _pairs(part, options)
             work.append(ElementWork(module=part.values, op="quantizer", elements=elements))

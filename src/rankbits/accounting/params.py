@@ -17,7 +17,15 @@ from rankbits.accounting.methods import (
     bottleneck_width,
     mora_side,
 )
-from rankbits.accounting.quantizers import GATES_PER_QUANTIZER, PROBABILITIES, Owned, owned, ranges, sites_of
+from rankbits.accounting.quantizers import (
+    GATES_PER_QUANTIZER,
+    HEAD_SITES,
+    PROBABILITIES,
+    Owned,
+    owned,
+    ranges,
+    sites_of,
+)
 from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Part, Rows, Table
 from rankbits.accounting.trained import NOT_ALL_LINEAR, inside, is_head, top_blocks
 from rankbits.errors import ModelError
@@ -83,7 +91,7 @@ def count(shape: ModelShape, spec: MethodSpec) -> ParameterCount:
         own = owned(layers, spec)
         for linear in layers:
             total += layer_count(linear, spec, own[linear.name])
-        return total
+        return sum((head_count(linear, spec) for linear in quantized_heads(shape, spec)), start=total)
     if spec.method is Method.FULL:
         return ParameterCount(base=base_parameters(shape))
     if spec.method in {Method.TOP_LAYER, Method.FEATURE_BASED}:
@@ -123,6 +131,28 @@ def layer_count(linear: Linear, spec: MethodSpec, own: Owned) -> ParameterCount:
         gates=rank_gates + GATES_PER_QUANTIZER * len(own.gates),
         ranges=sum(ranges(linear, site, spec) for site in own.quantizers),
     )
+
+
+def head_count(linear: Linear, spec: MethodSpec) -> ParameterCount:
+    """Gates and ranges of one quantized linear layer of a head. Raises ModelError as `layer_count` does for groups."""
+    return ParameterCount(
+        gates=GATES_PER_QUANTIZER * len(HEAD_SITES), ranges=sum(ranges(linear, site, spec) for site in HEAD_SITES)
+    )
+
+
+def quantized_heads(shape: ModelShape, spec: MethodSpec) -> list[Linear]:
+    """The linear layers that are trained in full and have quantizers, in running order; none for most methods."""
+    if spec.method is not Method.BAYESIAN_LORA or not spec.quantize_head:
+        return []
+    return [linear for linear in shape.linears() if inside(linear.name, spec.trained_in_full)]
+
+
+def check_head(shape: ModelShape, spec: MethodSpec) -> None:
+    """Raise ModelError if a method quantizes a head, and no linear layer is trained in full."""
+    if spec.method is Method.BAYESIAN_LORA and spec.quantize_head and not quantized_heads(shape, spec):
+        raise ModelError(
+            f"quantize_head: no linear layer of {shape.name} is trained in full; name the head in modules_to_save"
+        )
 
 
 def _check_rank(linear: Linear, spec: MethodSpec) -> None:

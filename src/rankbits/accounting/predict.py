@@ -17,7 +17,7 @@ from rankbits.accounting.methods import (
     can_merge,
     mora_side,
 )
-from rankbits.accounting.params import count, targeted
+from rankbits.accounting.params import count, quantized_heads, targeted
 from rankbits.accounting.quantizers import Owned, kept_activations, owned, ranges
 from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Table
 from rankbits.accounting.weights import NF4_BLOCK
@@ -58,11 +58,14 @@ def weights(shape: ModelShape, options: CountOptions, spec: MethodSpec | None = 
     on_grid = spec is not None and unmerged != spec.rounds_sum
     layers = targeted(shape, spec) if spec is not None and (unmerged or on_grid) else []
     own = owned(layers, spec) if spec is not None else {}
+    heads = {linear.name for linear in quantized_heads(shape, spec)} if spec is not None else set()
     four_bit = spec is not None and unmerged and spec.method in FOUR_BIT_BASES
     narrow = four_bit_layers(shape, spec) if spec is not None and four_bit else frozenset[str]()
     for part in shape.parts:
         if isinstance(part, Linear):
-            yield from _linear(part, options, spec if on_grid else None, narrow)
+            yield from _linear(part, options, spec if on_grid or part.name in heads else None, narrow)
+            if part.name in heads:
+                yield WeightRecord(module=part.name, operand="ranges", elements=1, bits=32)
             if spec is not None and part.name in own:
                 yield from _adapter(part, spec, options.float_bits) if unmerged else ()
                 yield from _ranges(part, spec, own[part.name], adapter="default" if unmerged else None)

@@ -15,6 +15,8 @@ ACTIVATION_SITES = frozenset({"input", "down_output", "diagonal_output", "output
 """Quantizers of activations: their ranges come with no weight, so they are kept by themselves."""
 GATES_PER_QUANTIZER = 4
 """One for each width above 2: 4, 8, 16 and 32 bits (Bayesian-LoRA, Eq. 5)."""
+HEAD_SITES = ("weight", "input")
+"""Quantizers of a linear layer that is trained in full."""
 PROJECTIONS = (
     ("query", "key", "value"),
     ("query_proj", "key_proj", "value_proj"),

@@ -235,6 +235,7 @@ class MethodSpec:
         quantize_attention: attentions with adapted queries, keys and values have quantizers for the operands of both
             their products: the outputs of these layers, where the products read them, and the probabilities
             (Bayesian-LoRA).
+        quantize_head: linear layers that are trained in full have quantizers for weight and input (Bayesian-LoRA).
         weight_gradient_rows: rows of a batch that the gradient of the weight's gates and ranges is estimated from; None
             is all of them (Bayesian-LoRA).
         width: bottleneck width, or None for the method's usual fraction of the hidden size.
@@ -256,6 +257,7 @@ class MethodSpec:
     share_inputs: bool = True
     tie_groups: bool = False
     quantize_attention: bool = False
+    quantize_head: bool = False
     weight_gradient_rows: int | None = None
     width: int | None = None
     virtual_tokens: int = 20

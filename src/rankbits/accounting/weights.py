@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rankbits.accounting.params import count, layer_count, targeted, tensor_sizes
+from rankbits.accounting.params import count, head_count, layer_count, quantized_heads, targeted, tensor_sizes
 from rankbits.accounting.quantizers import owned
 from rankbits.accounting.settings import TrainingSettings
 from rankbits.accounting.spec import Linear, Method, MethodSpec, ModelShape
@@ -85,5 +85,8 @@ def adapter_sizes(shape: ModelShape, spec: MethodSpec) -> Iterator[int]:
         else:
             yield found.adapter
         yield found.diagonal + found.gates + found.ranges
+    for linear in quantized_heads(shape, spec):
+        found = head_count(linear, spec)
+        yield found.gates + found.ranges
     if not layers:
         yield count(shape, spec).adapter

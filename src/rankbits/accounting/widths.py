@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from rankbits.accounting.params import quantized_heads
 from rankbits.accounting.quantizers import PROBABILITIES
 from rankbits.accounting.spec import Attention, Method, MethodSpec, ModelShape
 from rankbits.accounting.trained import trained_in_full
@@ -37,6 +38,7 @@ def with_widths(
         return list(products)
     attentions = {attention.name: attention for attention in shape.attentions()}
     shared = {linear.name for linear in shape.linears() if linear.position_rows}
+    heads = {linear.name for linear in quantized_heads(shape, spec)}
     narrow = four_bit_layers(shape, spec) if spec.method in FOUR_BIT_BASES else frozenset[str]()
     widened = []
     for product in products:
@@ -48,7 +50,7 @@ def with_widths(
             own = spec.widths.get(product.module, {})
             bits = {name: own.get(_SITE_OF_OPERAND.get(name, ""), FLOAT) for name in (product.left, product.right)}
             if product.right == "W0":
-                leaves_grid = merged and not spec.rounds_sum
+                leaves_grid = merged and not spec.rounds_sum and product.module not in heads
                 bits["W0"] = FLOAT if leaves_grid else 4 if product.module in narrow else bits["W0"]
         widened.append(product.model_copy(update={"bits_left": bits[product.left], "bits_right": bits[product.right]}))
     return widened

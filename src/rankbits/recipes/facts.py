@@ -22,7 +22,8 @@ from rankbits.training.callback import RankbitsCallback
 from rankbits.tuners.bayesian_lora import LayerSummary
 
 PACKAGES = ("rankbits", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
-GATE_MARK, RANGE_MARK = "bayesian_lora_gates", "bayesian_lora_quantizers"
+GATE_MARKS = ("bayesian_lora_gates", "head_gates")
+RANGE_MARKS = ("bayesian_lora_quantizers", "head_quantizers")
 
 
 def versions() -> dict[str, str]:
@@ -87,15 +88,17 @@ def parameters(model: PeftModel) -> ParameterRecord:
 
 
 def _part(name: str) -> str:
-    if ".modules_to_save." in name:
-        return "head"
-    if GATE_MARK in name:
+    if any(mark in name for mark in GATE_MARKS):
         return "gates"
-    return "ranges" if RANGE_MARK in name else "adapter"
+    if any(mark in name for mark in RANGE_MARKS):
+        return "ranges"
+    return "head" if ".modules_to_save." in name else "adapter"
 
 
 def learned(model: nn.Module, summaries: list[LayerSummary]) -> list[ModuleRecord]:
-    """One entry per adapted matrix: from the gates as they were before hardening, or LoRA's fixed rank.
+    """One entry per adapted matrix, from the gates as they were before hardening or LoRA's fixed rank.
+
+    Quantized matrices of heads are listed beside them.
 
     Args:
         model: the model, for methods without gates.
@@ -120,7 +123,7 @@ def _learned(summary: LayerSummary) -> dict[str, object]:
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("base_model.model.")
+    return re.sub(r"\.modules_to_save\.[^.]+", "", name.removeprefix("base_model.model."))
 
 
 def _place(name: str) -> dict[str, str | int | None]:

@@ -33,6 +33,7 @@ def _bayesian_lora(adapter: AdapterSection) -> PeftConfig:
         share_inputs=adapter.share_inputs,
         tie_groups=adapter.tie_groups,
         quantize_attention=adapter.quantize_attention,
+        quantize_head=adapter.quantize_head,
         weight_gradient_rows=adapter.weight_gradient_rows,
         sampled_share=adapter.sampled_share,
         calibration_passes=adapter.calibration_passes,

@@ -16,8 +16,8 @@ from rankbits import tasks
 from rankbits.accounting.architectures.read import Head, find_config, read_shape
 from rankbits.accounting.budget import Budget, parse_budget
 from rankbits.accounting.methods import BOTTLENECKS, ON_LINEARS
-from rankbits.accounting.params import check_attention, targeted
-from rankbits.accounting.quantizers import sites_of
+from rankbits.accounting.params import check_attention, check_head, quantized_heads, targeted
+from rankbits.accounting.quantizers import HEAD_SITES, sites_of
 from rankbits.accounting.settings import Base, TrainingSettings
 from rankbits.accounting.spec import Granularity, Method, MethodSpec, ModelShape, Placement
 from rankbits.accounting.widths import FLOAT, FOUR_BIT_BASES
@@ -37,7 +37,7 @@ def _in_order(methods: Collection[Method]) -> list[str]:
     return [method.value for method in Method if method in methods]
 
 
-GRIDS = ("placement", "granularity", "group_size", "share_inputs", "tie_groups", "quantize_attention")
+GRIDS = ("placement", "granularity", "group_size", "share_inputs", "tie_groups", "quantize_attention", "quantize_head")
 """Keys about where the grids of Bayesian-LoRA lie and what shares them."""
 USED_BY = {
     "r": _in_order(ON_LINEARS),
@@ -88,6 +88,9 @@ class Keys(BaseModel):
     tie_groups: Literal["fused"] | None = Field(default=None, description="fused or null")
     quantize_attention: bool = Field(
         default=False, description="true or false: quantizers for both operands of the attention products"
+    )
+    quantize_head: bool = Field(
+        default=False, description="true or false: quantizers for the linear layers that are trained in full"
     )
     width: Count | None = Field(default=None, description="a whole number of at least 1: width of a bottleneck")
     virtual_tokens: Count = Field(default=20, description="a whole number of at least 1: length of a prefix or prompt")
@@ -184,6 +187,7 @@ def from_recipe(recipe: Recipe, budget: str | None = None) -> Question:
         trained_in_full=_in_full(shape, adapter.modules_to_save or (), head),
     )
     check_attention(shape, spec)
+    check_head(shape, spec)
     settings = TrainingSettings(
         batch=recipe.training.batch_size,
         sequence_length=recipe.task.max_length,
@@ -234,8 +238,10 @@ def from_keys(model: str, overrides: Sequence[str], budget: str | None = None) -
         layers=keys.layers,
     )
     check_attention(shape, spec)
+    check_head(shape, spec)
     if keys.bits != FLOAT:
         sites = sites_of(targeted(shape, spec), spec)
+        sites |= {linear.name: HEAD_SITES for linear in quantized_heads(shape, spec)}
         widths = {name: dict.fromkeys(of_layer, keys.bits) for name, of_layer in sites.items()}
         spec = replace(spec, widths=widths)
     settings = TrainingSettings(
@@ -346,6 +352,7 @@ def _grids(settings: Keys | AdapterSection) -> dict[str, Any]:
         "share_inputs": settings.share_inputs,
         "tie_groups": settings.tie_groups is not None,
         "quantize_attention": settings.quantize_attention,
+        "quantize_head": settings.quantize_head,
     }
 
 

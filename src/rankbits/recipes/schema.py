@@ -123,18 +123,21 @@ class AdapterSection(BaseModel):
     quantize_attention: bool = Field(
         default=False, description="true or false: quantizers for both operands of the attention products"
     )
+    quantize_head: bool = Field(
+        default=False, description="true or false: quantizers for the linear layers that are trained in full"
+    )
     weight_gradient_rows: Count | None = Field(
         default=None, description="a whole number of at least 1, or null for all rows"
     )
     initial_bit_logit: float = Field(default=6.0, description="a finite number")
     initial_rank_logit: float = Field(default=6.0, description="a finite number")
 
-    @field_validator("quantize_attention")
+    @field_validator("quantize_attention", "quantize_head")
     @classmethod
-    def _attention_needs_quantizers(cls, quantize_attention: bool, info: ValidationInfo) -> bool:
-        if quantize_attention and info.data.get("learn_bits") is False:
+    def _more_needs_quantizers(cls, more: bool, info: ValidationInfo) -> bool:
+        if more and info.data.get("learn_bits") is False:
             raise ValueError("false where adapter.learn_bits is false, with which nothing has a quantizer")
-        return quantize_attention
+        return more
 
     @field_validator("placement")
     @classmethod

@@ -110,6 +110,8 @@ class BudgetRecord(Frozen):
 class ModuleRecord(Frozen):
     """One adapted matrix: its rank and the width of each quantizer that acts on it.
 
+    A quantized matrix of a head that is trained in full has no low-rank update, which a `max_rank` of 0 tells.
+
     A method without quantizers has no bits. Expectations and probabilities are those before hardening. Open
     probabilities are those of single gates (of 4, 8, 16 and 32 bits; of ranks 2 and up), each on its own; a gate counts
     only where all before it in its chain are open, so that marginals are products. `shared` names, for a site whose
@@ -228,9 +230,13 @@ class RunRecord(Frozen):
         """The headline score: the first one marked primary."""
         return next(score for score in self.scores if score.primary)
 
+    def adapted(self) -> list[ModuleRecord]:
+        """The matrices that have a low-rank update: all but those of quantized heads."""
+        return [module for module in self.modules if module.max_rank]
+
     def mean_rank(self) -> float | None:
         """Mean rank over the adapted matrices, None if no matrix was adapted."""
-        return _mean(module.rank for module in self.modules)
+        return _mean(module.rank for module in self.adapted())
 
     def mean_bits(self, site: Site) -> float | None:
         """Mean width in bits over the quantizers at `site`, one that several matrices share once; None without any."""

@@ -42,7 +42,7 @@ def _base(budget: BudgetRecord) -> str:
 
 
 def _rank_sentence(record: RunRecord) -> str:
-    modules = record.modules
+    modules = record.adapted()
     if not modules:
         return "No matrix was adapted."
     low, high = min(m.rank for m in modules), max(m.rank for m in modules)

@@ -69,11 +69,11 @@ def modules(record: RunRecord) -> dict[str, Any]:
         shared = "=" if site in module.shared else ""
         return f"{module.bits[site]}{shared}" if site in module.bits else ""
 
+    def rank(module: ModuleRecord) -> str:
+        return f"{module.rank} of {module.max_rank}" if module.max_rank else "in full"
+
     columns = ["matrix", "rank", *(f"bits of {SITE_LABELS[site]}" for site in sites)]
-    rows = [
-        [module.name, f"{module.rank} of {module.max_rank}", *(cell(module, site) for site in sites)]
-        for module in record.modules
-    ]
+    rows = [[module.name, rank(module), *(cell(module, site) for site in sites)] for module in record.modules]
     owners = sorted({owner for module in record.modules for owner in module.shared.values()})
     note = f"= the width is that of another matrix ({', '.join(owners)})." if owners else ""
     return {"columns": columns, "rows": rows, "note": note}

@@ -132,10 +132,11 @@ def budget_values(schedule: GateSchedule) -> dict[str, float]:
 
 
 def gate_means(model: nn.Module) -> dict[str, float]:
-    """Mean rank over all layers and mean bits over all quantizers, then by site, with the gates of inference."""
+    """Mean rank over adapted layers and mean bits over all quantizers, then by site, with the gates of inference."""
     names = {name for _, name, _ in learning_adapters(model)}
     summaries = [summary for name in sorted(names) for summary in summarize(model, name)]
-    means = {"rank_mean": fmean(s.rank for s in summaries)} if summaries else {}
+    ranks = [summary.rank for summary in summaries if summary.max_rank]
+    means = {"rank_mean": fmean(ranks)} if ranks else {}
     bits = [width for summary in summaries for width in summary.bits.values()]
     if bits:
         means["bits_mean"] = fmean(bits)

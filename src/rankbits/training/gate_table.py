@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankbits.gates import chain, hard_concrete
-from rankbits.tuners.bayesian_lora import BayesianLoraLinear, learning_adapters
+from rankbits.tuners.bayesian_lora import GatedLayer, learning_adapters
 from rankbits.tuners.bayesian_lora.config import RankGate, Site
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
 
@@ -60,7 +60,7 @@ class GateTable:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.holders: list[tuple[BayesianLoraLinear, str]] = []
+        self.holders: list[tuple[GatedLayer, str]] = []
         self._width_start: dict[tuple[int, str], int] = {}
         self._rank_slot: dict[tuple[int, str], int] = {}
         self.width_rows = self.rank_rows = 0
@@ -82,7 +82,7 @@ class GateTable:
                 found[id(gates)] = start
         return found
 
-    def rank_slot(self, layer: BayesianLoraLinear, adapter: str) -> int | None:
+    def rank_slot(self, layer: GatedLayer, adapter: str) -> int | None:
         """Row of the matrix of ranks that is a layer's; None if its rank is not learned."""
         return self._rank_slot.get((id(layer), adapter))
 
@@ -135,7 +135,7 @@ class GateTable:
                 if bool(changed_ranks[slot]):
                     gates.rank_logits.copy_(logits.ranks[slot, : gates.rank_logits.numel()])
 
-    def per_layer(self, widths: Tensor, ranks: Tensor) -> list[tuple[BayesianLoraLinear, str, Tensor, Tensor]]:
+    def per_layer(self, widths: Tensor, ranks: Tensor) -> list[tuple[GatedLayer, str, Tensor, Tensor]]:
         """Cut matrices of the table's shapes into (layer, adapter, [sites, 4], [r - 1]) on each layer's device."""
         moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
         parts = []
@@ -143,8 +143,7 @@ class GateTable:
             gates = layer.gates_of(name)
             if gates is None:
                 continue
-            # A layer may own no gates: all of them can be a sibling's.
-            device = layer.bayesian_lora_up[name].device
+            device = layer.device_of(name)
             if device not in moved:
                 moved[device] = widths.to(device), ranks.to(device)
             all_widths, all_ranks = moved[device]
@@ -156,7 +155,7 @@ class GateTable:
             parts.append((layer, name, all_widths[rows], all_ranks[slot, :last] if last else all_ranks.new_zeros(0)))
         return parts
 
-    def _rows(self, layer: BayesianLoraLinear, name: str, count: int) -> slice:
+    def _rows(self, layer: GatedLayer, name: str, count: int) -> slice:
         start = self._width_start[id(layer), name]
         return slice(start, start + count)
 

@@ -86,7 +86,10 @@ def parameter_groups(
     apart = rank_rate is not None and rank_rate != gate_rate
     ranked = {id(g.rank_logits) for _, _, g in learning_adapters(model)} if apart else set()
     ranges = [
-        p for layer, name, _ in learning_adapters(model) for p in layer.bayesian_lora_quantizers[name].parameters()
+        parameter
+        for layer, name, _ in learning_adapters(model)
+        for quantizer in layer.quantizers_of(name).values()
+        for parameter in quantizer.parameters()
     ]
     special = {id(p) for p in (*gates, *ranges)}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in special]

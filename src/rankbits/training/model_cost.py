@@ -19,8 +19,9 @@ from rankbits.records import CountOptions, Product
 from rankbits.records.costs import SCALE_BYTES
 from rankbits.training.cost_terms import Cost, Term, Terms
 from rankbits.training.gate_table import GateTable
-from rankbits.tuners.bayesian_lora import BayesianLoraLinear, adapted_layers
+from rankbits.tuners.bayesian_lora import BayesianLoraLinear, GatedLayer, gated_layers
 from rankbits.tuners.bayesian_lora.config import Placement, Site
+from rankbits.tuners.bayesian_lora.head import base_key
 
 FLOAT = 32
 """Width of whatever has no quantizer."""
@@ -34,7 +35,7 @@ Factor = tuple[int, int | None]
 
 @dataclass(frozen=True)
 class Priced:
-    """An adapter on one layer.
+    """An adapter on one layer, or a quantized head of it.
 
     Args:
         name: name of the layer in the base model.
@@ -43,18 +44,27 @@ class Priced:
     """
 
     name: str
-    layer: BayesianLoraLinear
+    layer: GatedLayer
     adapter: str
 
     @property
+    def is_head(self) -> bool:
+        """Whether the layer is trained in full, without a low-rank update."""
+        return not isinstance(self.layer, BayesianLoraLinear)
+
+    @property
     def merged(self) -> bool:
-        """Whether the adapter has become part of the weight at inference, on the grid of the weight's quantizer."""
+        """Whether nothing lies beside the weight at inference: an update is within it on its grid, or there is none."""
+        if not isinstance(self.layer, BayesianLoraLinear):
+            return True
         merged = self.layer.placement_of(self.adapter) is Placement.MERGED
         return merged and self.layer.quantizer_of(self.adapter, Site.WEIGHT) is not None
 
     @property
     def rank(self) -> int:
-        """Ranks that the adapter holds."""
+        """Ranks that the adapter holds; none in a head."""
+        if not isinstance(self.layer, BayesianLoraLinear):
+            return 0
         return int(self.layer.bayesian_lora_down[self.adapter].shape[0])
 
     @property
@@ -126,7 +136,7 @@ class ModelCost:
         if gated is not None and id(gated[0]) in self.starts:
             return 1, self.starts[id(gated[0])] + gated[1]
         fixed = getattr(priced.layer.quantizer_of(priced.adapter, site), "bits", None)
-        if fixed is None and site is Site.WEIGHT:
+        if fixed is None and site is Site.WEIGHT and isinstance(priced.layer, BayesianLoraLinear):
             fixed = opaque_weight_bits(priced.layer.get_base_layer())
         return (FLOAT if fixed is None else int(fixed)), None
 
@@ -181,7 +191,7 @@ class ModelCost:
         spec = MethodSpec(
             Method.BAYESIAN_LORA,
             rank=max(p.rank for p in self.priced),
-            targets="|".join(re.escape(p.name) for p in self.priced),
+            targets="|".join(re.escape(p.name) for p in self.priced if not p.is_head),
         )
         options = CountOptions(
             query_len=sequence_length,
@@ -227,10 +237,10 @@ def _codes(spec: MethodSpec, quantizers: Sequence[tuple[Priced, Site]]) -> Itera
 
 
 def _priced(base: nn.Module) -> Iterator[Priced]:
-    for name, layer in adapted_layers(base):
+    for name, layer in gated_layers(base):
         for adapter in layer.active_adapters:
-            if adapter in layer.bayesian_lora_down:
-                yield Priced(name, layer, adapter)
+            if not isinstance(layer, BayesianLoraLinear) or adapter in layer.bayesian_lora_down:
+                yield Priced(base_key(name, adapter), layer, adapter)
 
 
 def _weights(priced: Priced) -> list[tuple[Site, int]]:

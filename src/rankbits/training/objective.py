@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from rankbits.quant.grid import GATED_WIDTHS
 from rankbits.training.gate_table import pressed_probability
-from rankbits.training.weighting import stored_numbers
-from rankbits.tuners.bayesian_lora import BayesianLoraLinear, GatePhase, learning_adapters
+from rankbits.tuners.bayesian_lora import GatedLayer, GatePhase, learning_adapters
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
 
 
@@ -59,7 +58,7 @@ def regularization_loss(model: nn.Module) -> Tensor:
     return _loss(list(learning_adapters(model)))
 
 
-def _loss(adapters: list[tuple[BayesianLoraLinear, str, LayerGates]]) -> Tensor:
+def _loss(adapters: list[tuple[GatedLayer, str, LayerGates]]) -> Tensor:
     terms = []
     for layer, name, gates in adapters:
         phase = layer.phase[name]
@@ -77,10 +76,10 @@ def _loss(adapters: list[tuple[BayesianLoraLinear, str, LayerGates]]) -> Tensor:
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 
-def _weights(layer: BayesianLoraLinear, name: str, phase: GatePhase) -> Tensor | float:
+def _weights(layer: GatedLayer, name: str, phase: GatePhase) -> Tensor | float:
     """Cost of each link of a layer's width gates."""
     if phase.largest_stored is not None:
-        return size_weights(stored_numbers(layer, name), phase.largest_stored)
+        return size_weights(layer.stored_numbers(name), phase.largest_stored)
     return 1.0 if phase.largest_macs is None else size_weights(layer.macs_per_row(name), phase.largest_macs)
 
 

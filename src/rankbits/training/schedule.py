@@ -20,8 +20,8 @@ from rankbits.training.budget import (
     allocation_of,
     budgets_of,
 )
-from rankbits.training.weighting import Penalty, PenaltyOptions, PenaltyReduction, PenaltyWeighting, stored_numbers
-from rankbits.tuners.bayesian_lora import BayesianLoraLinear, GatePhase, adapted_layers, learning_adapters, summarize
+from rankbits.training.weighting import Penalty, PenaltyOptions, PenaltyReduction, PenaltyWeighting
+from rankbits.tuners.bayesian_lora import GatedLayer, GatePhase, gated_layers, learning_adapters, summarize
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
 
 USUAL_LAMBDA = 1e-3
@@ -83,7 +83,7 @@ class GateSchedule:
     ) -> None:
         _check_numbers(total_steps, lambda_q, lambda_r, phases)
         self.model = model
-        self._layers = [layer for _, layer in adapted_layers(model)]
+        self._layers = [layer for _, layer in gated_layers(model)]
         self.total_steps = total_steps
         self.warmup, self.ramp, self.fixed = phases
         self.completed_steps = 0
@@ -146,7 +146,7 @@ class GateSchedule:
         if penalty.weighting is PenaltyWeighting.BOP:
             self.largest_macs = max([1, *(m for layer, name, _ in adapters for m in layer.macs_per_row(name))])
         if penalty.weighting is PenaltyWeighting.BYTE:
-            self.largest_stored = max([1, *(n for layer, name, _ in adapters for n in stored_numbers(layer, name))])
+            self.largest_stored = max([1, *(n for layer, name, _ in adapters for n in layer.stored_numbers(name))])
 
     @property
     def warmup_steps(self) -> int:
@@ -234,7 +234,7 @@ class GateSchedule:
         for layer, name, _ in self._adapters():
             layer.set_phase(name, replace(phase, pressure=pressures.get((id(layer), name))), self.completed_steps)
 
-    def _adapters(self) -> Iterator[tuple[BayesianLoraLinear, str, LayerGates]]:
+    def _adapters(self) -> Iterator[tuple[GatedLayer, str, LayerGates]]:
         """What `learning_adapters` finds, without a walk through the whole model at each step."""
         for layer in self._layers:
             for name in layer.active_adapters:

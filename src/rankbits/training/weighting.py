@@ -7,8 +7,6 @@ from enum import Enum
 from typing import TypedDict
 
 from rankbits.errors import ScheduleError
-from rankbits.tuners.bayesian_lora import BayesianLoraLinear
-from rankbits.tuners.bayesian_lora.config import Placement, Site
 
 
 class PenaltyWeighting(str, Enum):
@@ -58,18 +56,3 @@ class Penalty:
             if given not in known:
                 raise ScheduleError(f"{name}: given {given!r}, expected one of {', '.join(known)}")
             object.__setattr__(self, name, kind(given))
-
-
-def stored_numbers(layer: BayesianLoraLinear, adapter_name: str) -> list[int]:
-    """Numbers that are stored at each width the layer's own gates decide, in the order of their rows.
-
-    A width that several layers share counts the weights of all of them; activations are not stored.
-    """
-    rank = layer.r[adapter_name]
-    inputs, outputs = layer.in_features, layer.out_features
-    merged = layer.placement_of(adapter_name) is Placement.MERGED
-    readers = layer.readers[adapter_name].get(Site.WEIGHT, [layer])
-    sizes = {Site.WEIGHT: sum(reader.in_features * reader.out_features for reader in readers)}
-    if not merged:
-        sizes |= {Site.DOWN: rank * inputs, Site.DIAGONAL: rank, Site.UP: outputs * rank}
-    return [sizes.get(site, 0) for site in layer.rows_of(adapter_name)]

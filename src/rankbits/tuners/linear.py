@@ -17,6 +17,7 @@ from peft.utils import (
     quantization_extra_repr,
     resolve_quantization_backend,
 )
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -208,6 +209,14 @@ class LinearTuner(BaseTuner, ABC):
         for name, module in model.named_modules():
             if isinstance(module, self.layer_class):
                 yield name, module
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Of a module that was trained in full, its copy is all that stays; PEFT would hand it the weight that it has,
+        # and fail where that is the weight of layers inside it.
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -250,6 +250,22 @@ def test_bits_are_those_of_a_quantized_attention_too():
     assert widths[f"{block}.value"] == {"weight": 4, "output": 4, "probabilities": 4}
 
 
+def test_bits_are_those_of_a_quantized_head_too():
+    keys = [LENGTH, "bits=4", "targets=[query]", "modules_to_save=[pooler]", "quantize_head=true"]
+    widths = from_keys("bert-base", [*keys, "head=classification"]).spec.widths
+    assert widths["bert.pooler.dense"] == widths["classifier"] == {"weight": 4, "input": 4}
+    assert len(widths) == 14
+
+
+def test_a_head_that_cannot_be_quantized_is_refused():
+    with pytest.raises(ModelError, match="no linear layer of bert-base is trained in full"):
+        from_keys("bert-base", [LENGTH, "quantize_head=true", "head=none"])
+    with pytest.raises(RecipeError, match="none with method=lora: only bayesian-lora can use it"):
+        from_keys("bert-base", [LENGTH, "method=lora", "quantize_head=true"])
+    with pytest.raises(RecipeError, match=r"adapter.quantize_head: given true, expected false where adapter.learn"):
+        load("quickstart", ["adapter.quantize_head=true", "adapter.learn_bits=false"])
+
+
 def test_attention_that_cannot_be_quantized_is_refused_before_anything_is_loaded():
     with pytest.raises(ModelError, match="no attention of bert-base has its queries, keys and values all adapted"):
         from_keys("bert-base", [LENGTH, "quantize_attention=true"])

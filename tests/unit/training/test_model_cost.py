@@ -15,11 +15,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from rankbits import BayesianLoraConfig, Budget, GateSchedule, cost, harden, summary
+from rankbits import BayesianLoraConfig, Budget, GateSchedule, cost, harden, optimizer_and_scheduler, summary
 from rankbits.errors import ScheduleError
 from rankbits.records import CostRecord
-from rankbits.tuners.bayesian_lora import adapted_layers, learning_adapters
+from rankbits.tuners.bayesian_lora import adapted_layers, gated_layers, learning_adapters, quantized_heads
 from rankbits.tuners.bayesian_lora.config import PAPER_SITES, Site
+from rankbits.tuners.bayesian_lora.head import base_key
 
 LENGTH = 16
 SIZES: dict[str, Any] = {
@@ -95,10 +96,10 @@ def _costs(model: PeftModel, *budgets: Budget | str) -> list[float]:
 
 def _counted(model: PeftModel) -> tuple[CostRecord, set[str]]:
     """The record of the hardened model, and the names of its adapted layers."""
-    for layer, name, _ in learning_adapters(model):
-        layer.bayesian_lora_steps[name].fill_(1)
+    for _, layer in adapted_layers(model):
+        layer.bayesian_lora_steps["default"].fill_(1)
     harden(model)
-    names = {name.removeprefix("base_model.model.") for name, _ in adapted_layers(model)}
+    names = {base_key(name.removeprefix("base_model.model."), "default") for name, _ in gated_layers(model)}
     return cost(model, sequence_length=LENGTH), names
 
 
@@ -129,6 +130,96 @@ def test_the_whole_model_is_counted_with_its_attention(kind: str) -> None:
     record, names = _counted(model)
     assert any(product.module not in names for product in record.products)
     assert whole == pytest.approx(record.percent(16) / 100, rel=1e-12)
+
+
+HEAD: dict[str, Any] = {"quantize_head": True, "task_type": "SEQ_CLS", "modules_to_save": ["pooler"]}
+
+
+@pytest.mark.parametrize("layout", ["merged", "merged, by channel, tied", "separate"])
+@pytest.mark.parametrize("kind", ["bert", "deberta"])
+def test_quantized_heads_are_counted_in_both_scopes(kind: str, layout: str) -> None:
+    model = _learned(MODELS[kind](), **(LAYOUTS[layout] | HEAD), exclude_modules=None)
+    with torch.no_grad():
+        for row, (_, head) in enumerate(quantized_heads(model)):
+            head.gate_of("default", Site.WEIGHT)[0].bit_logits.copy_(torch.tensor([[6.0, row, -6, -6], [6, 6, 6, -6]]))
+    bops, size, bits = _costs(model, Budget("bops", 2.0, 16, LENGTH), "bytes=1.0", "bits=20")
+    (whole,) = _costs(model, Budget("bops", 3.0, 16, LENGTH, "model"))
+    record, names = _counted(model)
+    heads = {base_key(name.removeprefix("base_model.model."), "default") for name, _ in quantized_heads(model)}
+    assert heads == {"classifier", "bert.pooler.dense" if kind == "bert" else "pooler.dense"}
+    products = [product for product in record.products if product.module in names]
+    widths = {p.module: (p.bits_left, p.bits_right) for p in products if p.module in heads}
+    learned = model.peft_config["default"].hardened_bits
+    assert widths == {name: (learned[name]["input"], learned[name]["weight"]) for name in heads}
+    assert set(widths.values()) == {(16, 8)}
+    base = sum(product.macs for product in products if product.adapter is None)
+    assert bops == pytest.approx(sum(p.bops for p in products) / (base * 16**2), rel=1e-12)
+    assert whole == pytest.approx(record.percent(16) / 100, rel=1e-12)
+    weights = [w for w in record.weights if w.module in names and w.operand in {"W0", "A", "B", "E"}]
+    numbers = sum(w.elements for w in weights if w.operand == "W0")
+    assert size == pytest.approx(sum(w.size_bytes for w in weights) / (2 * numbers), rel=1e-12)
+    assert bits == pytest.approx(
+        sum(w.elements * w.bits for w in weights) / sum(w.elements for w in weights), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("hardened", [False, True])
+def test_the_record_lists_each_tensor_of_a_quantized_head_once(hardened: bool) -> None:
+    model = _learned(_bert(), **HEAD, placement="merged", granularity="channel")
+    if hardened:
+        record, _ = _counted(model)
+    else:
+        record = cost(model.eval(), sequence_length=LENGTH)
+    bits = {entry.name.split(".")[2]: entry.bits["weight"] for entry in summary(model) if not entry.max_rank}
+    listed = {(w.module, w.operand): (w.elements, w.bits, w.scales) for w in record.weights}
+    of_head = {key: value for key, value in listed.items() if key[0] in {"bert.pooler.dense", "classifier"}}
+    assert of_head == {
+        ("bert.pooler.dense", "W0"): (32 * 32, bits["bert"], 32),
+        ("bert.pooler.dense", "bias"): (32, 32, 0),
+        ("bert.pooler.dense", "ranges"): (1, 32, 0),
+        ("classifier", "W0"): (32 * 3, bits["classifier"], 3),
+        ("classifier", "bias"): (3, 32, 0),
+        ("classifier", "ranges"): (1, 32, 0),
+    }
+    assert sum(w.module in {"bert.pooler.dense", "classifier"} for w in record.weights) == len(of_head)
+
+
+@pytest.mark.parametrize("placement", ["merged", "separate"])
+def test_merged_adapters_leave_the_widths_of_the_head(placement: str) -> None:
+    model = _learned(_bert(), **HEAD, placement=placement, quantizers=["weight"], learn_rank=False)
+    _counted(model)
+    learned = model.peft_config["default"].hardened_bits
+    for record in (cost(model, sequence_length=LENGTH, adapters=form) for form in ("merged", "unmerged")):
+        widths = {p.module: (p.bits_left, p.bits_right) for p in record.products}
+        for name in ("bert.pooler.dense", "classifier"):
+            assert widths[name] == (learned[name]["input"], learned[name]["weight"])
+    with model.disable_adapter():
+        plain = cost(model, sequence_length=LENGTH)
+    assert {p.bits_right for p in plain.products if p.module == "classifier"} == {32}
+
+
+def test_a_budget_is_met_with_a_quantized_head() -> None:
+    torch.manual_seed(0)
+    model = _learned(_bert(), **HEAD, placement="merged", calibration_passes=1).train()
+    schedule = GateSchedule(model, 8, budget=Budget("bops", 0.3, 16, LENGTH), phases=(0.5, 0.25, 0.25))
+    with torch.no_grad():
+        for _, _, gates in learning_adapters(model):
+            gates.bit_logits.fill_(6.0)
+    optimizer, scheduler = optimizer_and_scheduler(schedule, learning_rate=1e-3)
+    ids = torch.randint(1, 50, (4, LENGTH))
+    for _ in range(8):
+        model(input_ids=ids, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+        optimizer.step()
+        scheduler.step()
+        schedule.step()
+        optimizer.zero_grad()
+    (state,) = schedule.budgets()
+    assert 0.25 < state.cost <= 0.3
+    record, names = _counted(model)
+    products = [product for product in record.products if product.module in names]
+    base = sum(product.macs for product in products if product.adapter is None)
+    assert state.cost == pytest.approx(sum(p.bops for p in products) / (base * 16**2), rel=1e-12)
+    assert {"classifier", "bert.pooler.dense"} <= names
 
 
 @pytest.mark.parametrize("layout", ATTENTION)

@@ -14,7 +14,15 @@ from torch import nn
 
 from rankbits.accounting.measure.quantized import opaque_weight_bits
 from rankbits.errors import MergeError, ModelError
-from rankbits.tuners.bayesian_lora import BayesianLoraLinear, LayerSummary, adapted_layers, summarize
+from rankbits.tuners.bayesian_lora import (
+    BayesianLoraLinear,
+    GatedLayer,
+    LayerSummary,
+    QuantizedHeadLinear,
+    adapted_layers,
+    gated_layers,
+    summarize,
+)
 from rankbits.tuners.bayesian_lora.config import Placement, Site
 from rankbits.tuners.bayesian_lora.reuse import Rounded
 from rankbits.tuners.linear import AdapterLinear
@@ -48,12 +56,14 @@ class Learned:
         bits: width of each quantizer module, by its identity.
         ranks: rank of an adapter by (layer, adapter), where its layer multiplies more rows than it keeps.
         layers: (layer, adapter) to what Bayesian-LoRA learned there.
+        heads: (layer, adapter) to what it learned in linear layers of heads that are trained in full.
         weights: width of base weights that hold a rounded sum of weight and update, by their identity.
     """
 
     bits: dict[int, int] = field(default_factory=dict)
     ranks: dict[tuple[str, str], int] = field(default_factory=dict)
     layers: dict[tuple[str, str], LayerSummary] = field(default_factory=dict)
+    heads: dict[tuple[str, str], LayerSummary] = field(default_factory=dict)
     weights: dict[int, int] = field(default_factory=dict)
 
 
@@ -210,20 +220,30 @@ def _why_layer(layer: BaseTunerLayer, active: list[str], *, exact: bool) -> str 
 def learned(root: nn.Module) -> Learned:
     """What the acting adapters have learned, with the gates of inference whatever mode the model is in."""
     found = Learned()
-    layers = dict(adapted_layers(root))
-    adapters = sorted({name for layer in layers.values() for name in acting_adapters(layer)})
-    for adapter in adapters:
+    layers = dict(gated_layers(root))
+    for adapter in sorted({name for layer in layers.values() for name in _acting(layer)}):
         for entry in summarize(root, adapter):
             layer = layers[entry.name]
-            if adapter in acting_adapters(layer):
-                found.layers[entry.name, adapter] = entry
-                found.ranks[entry.name, adapter] = entry.rank
-                quantizers = layer.quantizers_of(adapter)
-                found.bits.update({id(module): entry.bits.get(site, 32) for site, module in quantizers.items()})
-                if layer.merged:
-                    found.weights[id(layer.get_base_layer().weight)] = entry.bits[Site.WEIGHT.value]
+            if adapter not in _acting(layer):
+                continue
+            quantizers = layer.quantizers_of(adapter)
+            found.bits.update({id(module): entry.bits.get(site, 32) for site, module in quantizers.items()})
+            if isinstance(layer, QuantizedHeadLinear):
+                found.heads[entry.name, adapter] = entry
+                continue
+            found.layers[entry.name, adapter] = entry
+            found.ranks[entry.name, adapter] = entry.rank
+            if layer.merged:
+                found.weights[id(layer.get_base_layer().weight)] = entry.bits[Site.WEIGHT.value]
     found.ranks.update(_pruned_ranks(root))
     return found
+
+
+def _acting(layer: GatedLayer) -> list[str]:
+    """The adapters whose quantizers do their work in a layer."""
+    if isinstance(layer, QuantizedHeadLinear):
+        return [] if layer.disable_adapters else layer.active_adapters
+    return acting_adapters(layer)
 
 
 def _pruned_ranks(root: nn.Module) -> Iterator[tuple[tuple[str, str], int]]:

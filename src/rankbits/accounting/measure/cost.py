@@ -91,7 +91,7 @@ def cost(
             treat_as_merged(root)
         state = learned(root)
         beside = settings.adapters == "unmerged" and has_adapters(root)
-        adapted = count_pass(root, state, calls(), adapters=beside) if beside or state.weights else None
+        adapted = count_pass(root, state, calls(), adapters=beside) if beside or state.weights or state.heads else None
         reference = count_pass(base, Learned(), calls(), adapters=False)
         counted = adapted or reference
     settings = settings.model_copy(update={"head": counted.head(settings, options.get("head"))})

@@ -17,7 +17,8 @@ from rankbits.accounting.measure.quantized import opaque_weight_bits, scale_coun
 from rankbits.errors import ModelError
 from rankbits.records import CountOptions, WeightRecord
 from rankbits.records.costs import Width
-from rankbits.tuners.bayesian_lora import BayesianLoraLinear, LayerSummary
+from rankbits.tuners.bayesian_lora import BayesianLoraLinear, LayerSummary, QuantizedHeadLinear
+from rankbits.tuners.bayesian_lora.config import Site
 from rankbits.tuners.bayesian_lora.layer import ACTIVATION_SITES
 
 _TRAINING_ONLY = frozenset({"ranknum"})
@@ -59,6 +60,7 @@ def weight_records(root: nn.Module, learned: Learned, options: CountOptions) -> 
         if not (merged or layer.merged):
             found += _factor_records(layer, base_name(name), adapter, entry)
         found += _range_records(layer, base_name(name), adapter, merged=merged or layer.merged)
+    found += _input_ranges(root, learned)
     return [record for record in found if record.operand != "table" or options.embeddings == "in"]
 
 
@@ -84,13 +86,15 @@ def _tied_tables(root: nn.Module) -> set[int]:
 def _unused(root: nn.Module) -> set[int]:
     """Parameters to leave out: originals and inactive copies of what PEFT trains in full, which do not run.
 
-    Those of Bayesian-LoRA too, which are listed by what they have learned.
+    Those of Bayesian-LoRA too, which are listed by what they have learned, and the gates and ranges of quantized heads.
     """
     found: set[int] = set()
     for module in root.modules():
         if isinstance(module, BayesianLoraLinear):
             base = {id(parameter) for parameter in module.get_base_layer().parameters()}
             found |= {id(parameter) for parameter in module.parameters()} - base
+        if isinstance(module, QuantizedHeadLinear):
+            found |= {id(parameter) for child in module.children() for parameter in child.parameters()}
         if isinstance(module, AuxiliaryTrainingWrapper) and hasattr(module, "modules_to_save"):
             active = [] if module.disable_adapters else module.active_adapters
             copies = module.modules_to_save
@@ -106,6 +110,12 @@ def _bayesian(root: nn.Module, name: str) -> BayesianLoraLinear:
     return layer
 
 
+def _head(root: nn.Module, name: str) -> QuantizedHeadLinear:
+    layer = root.get_submodule(name)
+    assert isinstance(layer, QuantizedHeadLinear)
+    return layer
+
+
 def _narrow_weights(root: nn.Module, learned: Learned, *, merged: bool) -> dict[int, tuple[int, int]]:
     """Width and number of ranges of base weights that lie on a grid, by their identity.
 
@@ -117,6 +127,9 @@ def _narrow_weights(root: nn.Module, learned: Learned, *, merged: bool) -> dict[
         if "weight" in entry.bits and rounds_sum(layer, adapter) == (merged or layer.merged):
             quantizer = layer.quantizers_of(adapter)["weight"]
             found[id(layer.get_base_layer().weight)] = entry.bits["weight"], quantizer.range_count
+    for (name, adapter), entry in learned.heads.items():
+        head = _head(root, name)
+        found[id(head.weight)] = entry.bits["weight"], head.quantizers_of(adapter)["weight"].range_count
     return found
 
 
@@ -184,6 +197,13 @@ def _factor_records(layer: BayesianLoraLinear, name: str, adapter: str, entry: L
             scales=int(site in entry.bits),
             adapter=adapter,
         )
+
+
+def _input_ranges(root: nn.Module, learned: Learned) -> Iterator[WeightRecord]:
+    """Ranges of the inputs of quantized heads, which are part of the model however adapters are counted."""
+    for name, adapter in learned.heads:
+        ranges = _head(root, name).quantizers_of(adapter)[Site.INPUT.value].range_count
+        yield WeightRecord(module=base_name(name), operand="ranges", elements=ranges)
 
 
 def _range_records(layer: BayesianLoraLinear, name: str, adapter: str, *, merged: bool) -> Iterator[WeightRecord]:

@@ -18,7 +18,7 @@ def ranks(runs: Runs) -> Figure | None:
     learned = {name: record for name, record in runs.items() if has_learned_rank(record)}
     if not learned:
         return None
-    modules = [module for record in learned.values() for module in record.modules]
+    modules = [module for record in learned.values() for module in record.adapted()]
     top = max(1, *(module.max_rank for module in modules))
     grids = _grids(learned, titled=len(runs) > 1)
     low, high = min(module.rank for module in modules), max(module.rank for module in modules)
@@ -35,7 +35,7 @@ def ranks(runs: Runs) -> Figure | None:
         rows=[
             (name, record.data.task, m.name, m.layer, m.kind, m.rank, m.max_rank, m.expected_rank)
             for name, record in learned.items()
-            for m in record.modules
+            for m in record.adapted()
         ],
         draw=lambda: draw_grids(grids, lambda rank: rank / top),
     )
@@ -43,7 +43,7 @@ def ranks(runs: Runs) -> Figure | None:
 
 def _grids(runs: Runs, *, titled: bool) -> list[Grid]:
     """A grid for each run, with the layers and kinds of all of them, so that a place means the same in each."""
-    modules = [module for record in runs.values() for module in record.modules]
+    modules = [module for record in runs.values() for module in record.adapted()]
     layers = sorted({layer_order(module) for module in modules})
     kinds = list(dict.fromkeys(module.kind for module in modules))
     rows = ["other" if layer == math.inf else f"layer {layer:.0f}" for layer in layers]
@@ -56,6 +56,6 @@ def _grids(runs: Runs, *, titled: bool) -> list[Grid]:
 def _mean_by_place(record: RunRecord, layers: list[float], kinds: list[str]) -> dict[tuple[int, int], float]:
     """Ranks by layer and kind; where several matrices share a place (experts, two towers), their mean."""
     found: dict[tuple[int, int], list[ModuleRecord]] = {}
-    for module in record.modules:
+    for module in record.adapted():
         found.setdefault((layers.index(layer_order(module)), kinds.index(module.kind)), []).append(module)
     return {place: sum(m.rank for m in modules) / len(modules) for place, modules in found.items()}

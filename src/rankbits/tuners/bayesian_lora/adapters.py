@@ -246,6 +246,11 @@ class GatedAdapters(AdapterLinear, ABC):
         names = self.merged_adapters if self.merged else self.active_adapters
         return next((name for name in names if self.operands.get(name) is not None), None)
 
+    def device_of(self, adapter_name: str) -> torch.device:
+        """Where an adapter is. Its layer may own no gates: all of them can be a sibling's."""
+        device: torch.device = self.bayesian_lora_up[adapter_name].device
+        return device
+
     def placement_of(self, adapter_name: str) -> Placement:
         """Whether the update lies beside the quantized weight or within it."""
         return self.placement[adapter_name]
@@ -292,6 +297,18 @@ class GatedAdapters(AdapterLinear, ABC):
         return [
             sum(layer._macs(adapter_name)[s] for layer in shared.get(s, [self])) for s in self.rows_of(adapter_name)
         ]
+
+    def stored_numbers(self, adapter_name: str) -> list[int]:
+        """Numbers that are stored at each width the layer's own gates decide, in the order of `rows_of`.
+
+        A width that several layers share counts the weights of all of them; activations are not stored.
+        """
+        rank, inputs, outputs = self.r[adapter_name], self.in_features, self.out_features
+        readers = self.readers[adapter_name].get(Site.WEIGHT, [self])
+        sizes = {Site.WEIGHT: sum(reader.in_features * reader.out_features for reader in readers)}
+        if self.placement[adapter_name] is not Placement.MERGED:
+            sizes |= {Site.DOWN: rank * inputs, Site.DIAGONAL: rank, Site.UP: outputs * rank}
+        return [sizes.get(site, 0) for site in self.rows_of(adapter_name)]
 
     def _macs(self, adapter_name: str) -> dict[Site, int]:
         inputs, outputs, rank = self.in_features, self.out_features, self.r[adapter_name]

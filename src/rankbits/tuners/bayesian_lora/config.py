@@ -119,6 +119,8 @@ class BayesianLoraConfig(PeftConfig):
             products read them (the outputs of their layers, after rotations and norms), and the probabilities of the
             softmax. In every block whose three projections are adapted; the model has to dispatch its attention
             through transformers' attention interface.
+        quantize_head: quantizers for weight and input of every linear layer that is trained in full: those inside
+            `modules_to_save` and in the head that PEFT trains unasked. Ranges of the weight go by `granularity`.
         initial_bit_logit: start of all bit-width gates; all must be open.
         initial_rank_logit: start of all rank gates; all r ranks must be open.
         hardened_ranks: written by `rankbits.harden`: layer name to its fixed rank.
@@ -153,6 +155,7 @@ class BayesianLoraConfig(PeftConfig):
     quantize_attention: bool = field(
         default=False, metadata={"help": "quantizers for both operands of the attention products"}
     )
+    quantize_head: bool = field(default=False, metadata={"help": "quantizers for the head that is trained in full"})
     initial_bit_logit: float = field(default=6.0, metadata={"help": "start of the bit-width gates"})
     initial_rank_logit: float = field(default=6.0, metadata={"help": "start of the rank gates"})
     hardened_ranks: dict[str, int] | None = field(default=None, metadata={"help": "written by harden"})
@@ -221,8 +224,11 @@ class BayesianLoraConfig(PeftConfig):
         if unknown:
             where = " with placement='merged', which has no factors beside the weight" if merged else ""
             problems.append(f"`quantizers` has unknown names {unknown}; known are {sites}{where}")
-        if self.quantize_attention and not self.learn_bits:
-            problems.append("`quantize_attention`=True needs learn_bits=True, without which nothing has a quantizer")
+        problems.extend(
+            f"`{name}`=True needs learn_bits=True, without which nothing has a quantizer"
+            for name in ("quantize_attention", "quantize_head")
+            if getattr(self, name) and not self.learn_bits
+        )
         if merged and self.dropout:
             problems.append(
                 f"`dropout`={self.dropout} has no place with placement='merged', where the update is part of the "

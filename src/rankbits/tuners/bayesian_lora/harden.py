@@ -11,10 +11,11 @@ from torch import nn
 from rankbits.errors import HardenError
 from rankbits.quant.quantizer import FixedQuantizer, Quantizer
 from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig, Site
-from rankbits.tuners.bayesian_lora.find import adapted_layers
+from rankbits.tuners.bayesian_lora.find import GatedLayer, adapted_layers, layers_of
+from rankbits.tuners.bayesian_lora.head import QuantizedHeadLinear, base_key
 from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear
 from rankbits.tuners.bayesian_lora.model import was_scheduled
-from rankbits.tuners.bayesian_lora.summary import LayerSummary, summarize
+from rankbits.tuners.bayesian_lora.summary import summarize
 
 
 def harden(model: nn.Module, adapter_name: str = "default") -> nn.Module:
@@ -36,7 +37,7 @@ def harden(model: nn.Module, adapter_name: str = "default") -> nn.Module:
         HardenError: the model has no such adapter, it is merged, its schedule was never stepped, or a quantizer was
             never calibrated. The model is unchanged.
     """
-    layers = [(n, layer) for n, layer in adapted_layers(model) if adapter_name in layer.bayesian_lora_down]
+    layers = list(layers_of(model, adapter_name))
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not layers or not isinstance(config, BayesianLoraConfig):
         found = sorted({name for _, layer in adapted_layers(model) for name in layer.bayesian_lora_down})
@@ -50,9 +51,16 @@ def harden(model: nn.Module, adapter_name: str = "default") -> nn.Module:
     bits: dict[str, dict[str, int]] = {}
     unsigned: list[str] = []
     for (name, layer), summary in zip(layers, summarize(model, adapter_name), strict=True):
-        key = name.removeprefix(prefix)
-        ranks[key], bits[key] = summary.rank, summary.bits
-        if _harden_layer(layer, adapter_name, summary):
+        key = base_key(name.removeprefix(prefix), adapter_name)
+        bits[key] = summary.bits
+        quantizers = layer.quantizers_of(adapter_name)
+        fixed = {s: _fix(q, summary.bits[s]) for s, q in quantizers.items() if isinstance(q, Quantizer)}
+        if isinstance(layer, QuantizedHeadLinear):
+            layer.replace_quantizers(fixed)
+        else:
+            ranks[key] = summary.rank
+            _harden_layer(layer, adapter_name, summary.rank, fixed)
+        if Site.INPUT.value in fixed and not fixed[Site.INPUT.value].is_signed:
             unsigned.append(key)
     configs: Any = model.peft_config
     configs[adapter_name] = replace(config, hardened_ranks=ranks, hardened_bits=bits, unsigned_inputs=unsigned or None)
@@ -60,7 +68,7 @@ def harden(model: nn.Module, adapter_name: str = "default") -> nn.Module:
 
 
 def _check(
-    model: nn.Module, config: BayesianLoraConfig, adapter_name: str, layers: list[tuple[str, BayesianLoraLinear]]
+    model: nn.Module, config: BayesianLoraConfig, adapter_name: str, layers: list[tuple[str, GatedLayer]]
 ) -> None:
     if config.learns and not was_scheduled(model, adapter_name):
         raise HardenError(
@@ -68,7 +76,7 @@ def _check(
             "Train with RankbitsCallback(), or step a GateSchedule, before hardening"
         )
     for name, layer in layers:
-        if adapter_name in layer.merged_adapters:
+        if isinstance(layer, BayesianLoraLinear) and adapter_name in layer.merged_adapters:
             raise HardenError(f"adapter {adapter_name!r} is merged into {name!r}: unmerge it before hardening")
         unseen = layer.sites_without_values(adapter_name)
         if unseen:
@@ -86,10 +94,9 @@ def _tuner_prefix(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _harden_layer(layer: BayesianLoraLinear, adapter_name: str, summary: LayerSummary) -> bool:
-    """Fix one layer; true if its input grid is unsigned."""
+def _harden_layer(layer: BayesianLoraLinear, adapter_name: str, rank: int, fixed: dict[str, FixedQuantizer]) -> None:
+    """Cut A, E and B to a rank, and let fixed quantizers take the place of gates."""
     trainable = layer.bayesian_lora_down[adapter_name].requires_grad
-    rank = summary.rank
     for container, index in (
         (layer.bayesian_lora_down, (slice(rank),)),
         (layer.bayesian_lora_diagonal, (slice(rank),)),
@@ -97,14 +104,10 @@ def _harden_layer(layer: BayesianLoraLinear, adapter_name: str, summary: LayerSu
     ):
         kept = container[adapter_name].detach()[index].clone()
         container[adapter_name] = nn.Parameter(kept, requires_grad=trainable)
-
-    quantizers = layer.quantizers_of(adapter_name)
-    fixed = {s: _fix(q, summary.bits[s]) for s, q in quantizers.items() if isinstance(q, Quantizer)}
     layer.bayesian_lora_quantizers[adapter_name] = nn.ModuleDict(fixed)
     if adapter_name in layer.bayesian_lora_gates:
         del layer.bayesian_lora_gates[adapter_name]
     layer.frozen_peft_weight_names.pop(adapter_name, None)
-    return Site.INPUT.value in fixed and not fixed[Site.INPUT.value].is_signed
 
 
 def _fix(quantizer: Quantizer, width: int) -> FixedQuantizer:

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from rankbits.errors import RankbitsWarning
-from rankbits.tuners.bayesian_lora import attention
+from rankbits.tuners.bayesian_lora import attention, head
 from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig, Site
 from rankbits.tuners.bayesian_lora.find import adapted_layers
 from rankbits.tuners.bayesian_lora.layer import ACTIVATION_SITES, BayesianLoraLinear
@@ -49,16 +49,31 @@ class BayesianLoraModel(LinearTuner):
         # Before anything is changed, and after the targets are known.
         if isinstance(peft_config, BayesianLoraConfig) and peft_config.quantize_attention:
             attention.check_attention(model, lambda key: _is_target(peft_config, key))
+        if isinstance(peft_config, BayesianLoraConfig) and peft_config.quantize_head:
+            head.check_heads(model, peft_config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's; attentions with quantizers are dispatched to them from then on."""
+        """PEFT's; attentions with quantizers are dispatched to them from then on, and heads have theirs."""
+        config = self.peft_config[adapter_name]
+        heads = config if isinstance(config, BayesianLoraConfig) and config.quantize_head else None
+        if heads is not None:
+            head.name_late_heads(heads)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         attention.install(model)
+        if heads is not None:
+            # PEFT has copied the modules that it trains in full by now, and no state has been loaded yet.
+            head.install(model, adapter_name, heads)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's; what a phase holds still in a head stays still."""
+        super().set_adapter(*args, **kwargs)
+        head.apply_phases(self.model)
 
     def enable_adapter_layers(self) -> None:
-        """PEFT's; attentions with quantizers use them again."""
+        """PEFT's; attentions with quantizers use them again, and what a phase holds still in a head stays still."""
         super().enable_adapter_layers()
         attention.install(self.model)
+        head.apply_phases(self.model)
 
     def disable_adapter_layers(self) -> None:
         """PEFT's; attentions run what they ran before there were quantizers."""
@@ -72,10 +87,11 @@ class BayesianLoraModel(LinearTuner):
             attention.restore(attention.implementations_before(self.model))
 
     def unload(self) -> nn.Module:
-        """PEFT's; attentions run what they ran before there were quantizers."""
+        """PEFT's; attentions run what they ran before there were quantizers, and trained heads have none."""
         before = attention.implementations_before(self.model)
         bare: nn.Module = super().unload()
         attention.restore(before)
+        head.replace_by_plain(bare, rounded=False)
         return bare
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -87,9 +103,11 @@ class BayesianLoraModel(LinearTuner):
             for site in layer.effective_sites(name)
             if site in ACTIVATION_SITES
         }
+        quantized |= {Site.INPUT.value for _, layer in head.quantized_heads(self.model) if layer.active_adapters}
         before = attention.implementations_before(self.model)
         merged: nn.Module = super().merge_and_unload(*args, **kwargs)
         attention.restore(before)
+        head.replace_by_plain(merged, rounded=True)
         if quantized:
             warnings.warn(
                 f"the weights of the unloaded model lie on their grids, but its activations {sorted(quantized)} are "
@@ -122,10 +140,13 @@ class BayesianLoraModel(LinearTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT looks for the name in the last two places of a key; the state of a quantizer lies one level deeper.
-        head, container, tail = key.rpartition(".bayesian_lora_quantizers.")
+        # PEFT looks for the name in the last two places of a key; the state of a quantizer lies one level deeper, and
+        # that of a head lies in a copy of the adapter's own, without its name.
+        if any(f".{part}." in key for part in head.STATE):
+            return key
+        path, container, tail = key.rpartition(".bayesian_lora_quantizers.")
         if container:
-            return head + container + tail.removeprefix(f"{adapter_name}.")
+            return path + container + tail.removeprefix(f"{adapter_name}.")
         shortened: str = super()._remove_adapter_name_from_key(key, adapter_name)
         return shortened
 

@@ -14,8 +14,8 @@ from rankbits.quant.grid import bits_of_gates, expected_bits
 from rankbits.quant.quantizer import FixedQuantizer
 from rankbits.records.certainty import DecidingGate, marginals, rank_gates, width_gates
 from rankbits.tuners.bayesian_lora.config import RankGate
-from rankbits.tuners.bayesian_lora.find import adapted_layers
-from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear
+from rankbits.tuners.bayesian_lora.find import GatedLayer, layers_of
+from rankbits.tuners.bayesian_lora.head import QuantizedHeadLinear
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
 
 _WRAPPER = "base_model.model."
@@ -23,12 +23,12 @@ _WRAPPER = "base_model.model."
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One adapted layer.
+    """One adapted layer, or a quantized linear layer of a head that is trained in full, which has no rank.
 
     Args:
         name: qualified name of the layer in the model that was asked.
-        rank: rank with the gates of inference.
-        max_rank: rank the adapter started with.
+        rank: rank with the gates of inference; 0 in a head.
+        max_rank: rank the adapter started with; 0 in a head.
         expected_rank: mean rank under the gate probabilities; None where ranks have no gates (not learned, hardened).
         bits: site to bit width with the gates of inference; an input that siblings share is listed for each of them.
         expected_bits: site to mean bit width under the gate probabilities.
@@ -85,7 +85,7 @@ class ModelSummary(list[LayerSummary]):
 
 
 def _row(entry: LayerSummary, sites: Sequence[str]) -> tuple[str, ...]:
-    rank = f"{entry.rank} of {entry.max_rank}" + _expected(entry.expected_rank)
+    rank = f"{entry.rank} of {entry.max_rank}" + _expected(entry.expected_rank) if entry.max_rank else "in full"
     cells = [_cell(entry, site) if site in entry.bits else "" for site in sites]
     gate = entry.least_certain()
     return (entry.name.removeprefix(_WRAPPER), rank, *cells, gate.text if gate is not None else "")
@@ -107,6 +107,8 @@ def _notes(entries: Iterable[LayerSummary]) -> list[str]:
     notes = ["", "Rank and bits at inference"]
     if any(entry.expected_rank is not None or entry.bit_open_probabilities for entry in listed):
         notes[-1] += ", in brackets the means under the gate probabilities"
+    if not all(entry.max_rank for entry in listed):
+        notes[-1] += "; in full: a head without a low-rank update"
     if any(entry.shared for entry in listed):
         notes[-1] += "; = shared with a layer that reads the same tensor or has the same width by request"
     notes[-1] += "."
@@ -124,7 +126,7 @@ def summarize(model: nn.Module, adapter_name: str = "default") -> ModelSummary:
     Returns:
         One entry per layer in module order, a list that prints as a table; empty if no layer has the adapter.
     """
-    layers = {name: layer for name, layer in adapted_layers(model) if adapter_name in layer.bayesian_lora_down}
+    layers = dict(layers_of(model, adapter_name))
     owners = {part: name for name, layer in layers.items() for part in _own_parts(layer, adapter_name)}
     return ModelSummary(_layer_summary(name, layer, adapter_name, owners) for name, layer in layers.items())
 
@@ -133,14 +135,14 @@ summary = summarize
 """The same under the name that `rankbits.summary(model)` has."""
 
 
-def _own_parts(layer: BayesianLoraLinear, adapter_name: str) -> list[int]:
+def _own_parts(layer: GatedLayer, adapter_name: str) -> list[int]:
     """Identities of the gates and quantizers that a layer owns."""
     gates = layer.gates_of(adapter_name)
     parts = [id(module) for module in layer.quantizers_of(adapter_name).values()]
     return parts if gates is None else [*parts, id(gates)]
 
 
-def _layer_summary(name: str, layer: BayesianLoraLinear, adapter_name: str, owners: dict[int, str]) -> LayerSummary:
+def _layer_summary(name: str, layer: GatedLayer, adapter_name: str, owners: dict[int, str]) -> LayerSummary:
     bits: dict[str, int] = {}
     expected: dict[str, float] = {}
     single: dict[str, tuple[float, ...]] = {}
@@ -157,9 +159,8 @@ def _layer_summary(name: str, layer: BayesianLoraLinear, adapter_name: str, owne
         else:
             bits[key], expected[key], single[key] = _width(*gate)
     gates = layer.gates_of(adapter_name)
-    rank, expected_rank, open_ranks = _rank(layer, adapter_name, gates)
+    rank, maximum, expected_rank, open_ranks = _rank(layer, adapter_name, gates)
     kind = gates.rank_gate.value if gates is not None and open_ranks else None
-    maximum = layer.r[adapter_name]
     return LayerSummary(name, rank, maximum, expected_rank, bits, expected, single, open_ranks, kind, shared)
 
 
@@ -173,14 +174,17 @@ def _width(gates: LayerGates, row: int) -> tuple[int, float, tuple[float, ...]]:
 
 
 def _rank(
-    layer: BayesianLoraLinear, adapter_name: str, gates: LayerGates | None
-) -> tuple[int, float | None, tuple[float, ...]]:
-    """Rank at inference, mean rank (None without gates), and the open probability of each gate."""
+    layer: GatedLayer, adapter_name: str, gates: LayerGates | None
+) -> tuple[int, int, float | None, tuple[float, ...]]:
+    """Rank at inference and at the start, mean rank (None without gates), and the open probability of each gate."""
+    if isinstance(layer, QuantizedHeadLinear):
+        return 0, 0, None, ()
+    maximum = layer.r[adapter_name]
     if gates is None:
-        return layer.bayesian_lora_down[adapter_name].shape[0], None, ()
+        return layer.bayesian_lora_down[adapter_name].shape[0], maximum, None, ()
     values, held = gates.values(hard=True), gates.rank_probabilities()
     if values.ranks is None or held is None or gates.rank_logits is None:
-        return layer.r[adapter_name], None, ()
+        return maximum, maximum, None, ()
     rounded = gates.rank_gate is RankGate.STRAIGHT_THROUGH
     single = torch.sigmoid(gates.rank_logits) if rounded else open_probability(gates.rank_logits)
-    return int(values.ranks.sum()), 1.0 + float(held.sum()), tuple(single.tolist())
+    return int(values.ranks.sum()), maximum, 1.0 + float(held.sum()), tuple(single.tolist())
