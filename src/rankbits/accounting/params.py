@@ -19,7 +19,7 @@ from rankbits.accounting.methods import (
 )
 from rankbits.accounting.quantizers import GATES_PER_QUANTIZER, PROBABILITIES, Owned, owned, ranges, sites_of
 from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Part, Rows, Table
-from rankbits.accounting.trained import NOT_ALL_LINEAR, inside, is_head, top_blocks
+from rankbits.accounting.trained import NOT_ALL_LINEAR, above_body, inside, is_head, top_blocks
 from rankbits.errors import ModelError
 
 
@@ -251,10 +251,12 @@ def _parameters_of(shape: ModelShape, modules: Sequence[str]) -> int:
 
 
 def _head(shape: ModelShape, spec: MethodSpec) -> int:
-    heads = [linear for linear in shape.linears() if is_head(linear)]
-    if not heads:
+    heads = [part for part in shape.parts if inside(part.name, above_body(shape))]
+    is_tied = any(is_head(linear) and linear.tied_to is not None for linear in shape.linears())
+    if not heads and not (is_tied and spec.method is Method.TOP_LAYER):
         raise ModelError(
-            f"{spec.method.value} trains the head, which {shape.name} does not have: count it with a head, or name "
-            "modules in trained_in_full"
+            f"{spec.method.value} trains the head, which {shape.name} does not have"
+            f"{' for itself: it is the table of embeddings' if is_tied else ': count it with a head'}, or name modules "
+            "in trained_in_full"
         )
     return _elements(heads, tied_is_free=False)

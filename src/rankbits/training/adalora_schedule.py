@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import AdaLoraConfig
@@ -32,7 +32,8 @@ def triplet_scores(parameter: Tensor, averages: Tensor, *, dim: int) -> Tensor:
         [r].
     """
     sensitivity, uncertainty = averages.view(2, *parameter.shape)
-    return (sensitivity * uncertainty).mean(dim=dim)  # [r]
+    scores: Tensor = (sensitivity * uncertainty).mean(dim=dim)  # [r]
+    return scores
 
 
 def smoothed(averages: Tensor, sensitivity: Tensor, beta1: float, beta2: float) -> Tensor:
@@ -218,8 +219,7 @@ class AdaloraSchedule:
         )
 
     def _matrices(self, layer: AdaLoraLayer) -> tuple[Tensor, Tensor, Tensor]:
-        # Looked up at every use: PEFT replaces parameters when it casts or loads them.
-        return layer.lora_A[self.adapter], layer.lora_E[self.adapter], layer.lora_B[self.adapter]
+        return matrices(layer, self.adapter)
 
     def _layers(self) -> Iterator[tuple[str, AdaLoraLayer]]:
         return ((name, layer) for name, layer in adalora_layers(self.model) if self.adapter in layer.lora_E)
@@ -231,6 +231,12 @@ class AdaloraSchedule:
 def adalora_layers(model: nn.Module) -> Iterator[tuple[str, AdaLoraLayer]]:
     """All layers that PEFT's AdaLoRA has adapted, by name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaLoraLayer))
+
+
+def matrices(layer: AdaLoraLayer, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A [r, d_in], E [r, 1] and B [d_out, r], as they are now: PEFT replaces parameters when it casts or loads them."""
+    found = layer.lora_A[adapter], layer.lora_E[adapter], layer.lora_B[adapter]
+    return cast("tuple[Tensor, Tensor, Tensor]", found)
 
 
 def trained_adapter(model: nn.Module) -> str:
@@ -254,9 +260,9 @@ def make_averages(model: nn.Module) -> None:
         if adapter not in layer.lora_E:
             continue
         if not isinstance(getattr(layer, AVERAGES, None), BufferDict):
-            layer.register_module(AVERAGES, BufferDict(persistent=True))
+            setattr(layer, AVERAGES, BufferDict(persistent=True))
         if adapter not in _averages(layer):
-            size = sum(m[adapter].numel() for m in (layer.lora_A, layer.lora_E, layer.lora_B))
+            size = sum(matrix.numel() for matrix in matrices(layer, adapter))
             _averages(layer)[adapter] = torch.zeros(2, size, device=layer.lora_E[adapter].device)
 
 
@@ -298,7 +304,8 @@ def task_loss_only(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, AdaLoraModel):
             for config in module.peft_config.values():
-                config.orth_reg_weight = 0.0
+                if isinstance(config, AdaLoraConfig):
+                    config.orth_reg_weight = 0.0
             if "trainable_adapter_name" not in vars(module):
                 module.trainable_adapter_name = next(iter(module.peft_config))
 
