@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from rankbits.errors import ModelError
-from rankbits.recipes.schema import AdapterSection, Recipe
+from rankbits.recipes.schema import Recipe
+from rankbits.recipes.targets import check_targets
+from rankbits.recipes.trainer_parts import TrainerParts, learned_gates
 from rankbits.tuners.bayesian_lora import BayesianLoraConfig
 
 
-def _bayesian_lora(adapter: AdapterSection) -> PeftConfig:
+def _bayesian_lora(recipe: Recipe) -> PeftConfig:
+    adapter = recipe.adapter
     return BayesianLoraConfig(
         r=adapter.r,
         alpha=adapter.alpha,
@@ -41,7 +42,8 @@ def _bayesian_lora(adapter: AdapterSection) -> PeftConfig:
     )
 
 
-def _lora(adapter: AdapterSection) -> PeftConfig:
+def _lora(recipe: Recipe) -> PeftConfig:
+    adapter = recipe.adapter
     return LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
@@ -56,7 +58,23 @@ def _own(names: Sequence[str] | None) -> list[str] | None:
     return None if names is None else list(names)
 
 
-CONFIGS: dict[str, Callable[[AdapterSection], PeftConfig]] = {"bayesian-lora": _bayesian_lora, "lora": _lora}
+@dataclass(frozen=True)
+class Attachment:
+    """How one method comes into a model and into its training.
+
+    Args:
+        config: PEFT's configuration, from a recipe.
+        training: what the Trainer needs besides, from the recipe, the adapted model and the number of steps; or None.
+    """
+
+    config: Callable[[Recipe], PeftConfig]
+    training: Callable[[Recipe, PeftModel, int], TrainerParts] | None = None
+
+
+METHODS: dict[str, Attachment] = {
+    "bayesian-lora": Attachment(_bayesian_lora, learned_gates),
+    "lora": Attachment(_lora),
+}
 
 
 def attach(recipe: Recipe, model: PreTrainedModel, task_type: TaskType = TaskType.SEQ_CLS) -> PeftModel:
@@ -73,58 +91,8 @@ def attach(recipe: Recipe, model: PreTrainedModel, task_type: TaskType = TaskTyp
     """
     check_targets(model, recipe.adapter)
     try:
-        config = CONFIGS[recipe.method](recipe.adapter)
+        config = METHODS[recipe.method].config(recipe)
         config.task_type = task_type
         return get_peft_model(model, config)
     except (ValueError, TypeError) as reason:
         raise ModelError(f"adapter: {recipe.method} cannot be attached to {recipe.model!r}: {reason}") from reason
-
-
-def check_targets(model: nn.Module, adapter: AdapterSection) -> None:
-    """Raise ModelError if a target matches no module, or one that is not linear, or if a saved module is unknown."""
-    modules = {name: module for name, module in model.named_modules() if name}
-    targets = adapter.targets
-    if targets is not None and targets != "all-linear":
-        _check_pattern(targets)
-        wanted = [targets] if isinstance(targets, str) else [[target] for target in targets]
-        _refuse_unmatched("targets", wanted, modules, sorted({_last(n) for n, m in modules.items() if _is_linear(m)}))
-        matched = {name: module for name, module in modules.items() if _matches(name, targets)}
-        wrong = [f"{name} ({type(module).__name__})" for name, module in matched.items() if not _is_linear(module)]
-        if wrong:
-            raise ModelError(
-                f"adapter.targets: {targets!r} matches {len(wrong)} module(s) that are not linear layers: "
-                f"{', '.join(wrong[:5])}; only torch.nn.Linear and transformers' Conv1D can be adapted"
-            )
-    saved = [[name] for name in adapter.modules_to_save or ()]
-    _refuse_unmatched("modules_to_save", saved, modules, sorted({_last(name) for name in modules}))
-
-
-def _check_pattern(targets: list[str] | str) -> None:
-    try:
-        re.compile(targets if isinstance(targets, str) else "")
-    except re.error as reason:
-        raise ModelError(f"adapter.targets: {targets!r} is not a regular expression: {reason}") from reason
-
-
-def _refuse_unmatched(
-    key: str, wanted: Sequence[list[str] | str], modules: Mapping[str, nn.Module], known: list[str]
-) -> None:
-    missing = [target for target in wanted if not any(_matches(name, target) for name in modules)]
-    if missing:
-        named = ", ".join(repr(target if isinstance(target, str) else target[0]) for target in missing)
-        names = ", ".join(name for name in known if not name.isdigit())
-        raise ModelError(f"adapter.{key}: {named} matches no module of the model; it has {names}")
-
-
-def _last(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
-
-
-def _matches(name: str, targets: list[str] | str) -> bool:
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
