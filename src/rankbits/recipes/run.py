@@ -16,13 +16,16 @@ from rankbits.accounting.measure import cost
 from rankbits.accounting.measure.inputs import largest_length
 from rankbits.errors import ModelError, RunFolderError
 from rankbits.recipes import encoding, facts, methods, models
+from rankbits.recipes.four_bits import optimizer, quantization
 from rankbits.recipes.run_folder import ADAPTER_FOLDER, RECIPE_FILE, RECORD_FILE, RunFolder, read_recipe, work_of
 from rankbits.recipes.schema import Recipe
-from rankbits.recipes.scoring import reduction, score
+from rankbits.recipes.scoring import reduction, score, score_at_ranks
+from rankbits.recipes.sizes import virtual_tokens
 from rankbits.recipes.trainer import arguments, history, make_trainer, train
 from rankbits.records import CostRecord, DataRecord, RunRecord, ScoreRecord, recipe_hash
 from rankbits.tasks import Task, TaskData
 from rankbits.tuners.bayesian_lora import harden, summarize
+from rankbits.tuners.register import TUNERS
 
 CARD_HEAD = """## How to load this adapter
 
@@ -68,11 +71,14 @@ def run(
     announce(f"model: {recipe.model}")
     set_seed(recipe.training.seed)
     tokenizer = models.load_tokenizer(recipe.model)
-    base = models.load_model(recipe.model, task)
+    base = models.load_model(recipe.model, task, quantization(recipe))
     _check_length(recipe, base)
     model = methods.attach(recipe, base, TaskType.CAUSAL_LM if task.kind == "completion" else TaskType.SEQ_CLS)
     trainer = make_trainer(recipe, task, data, model, tokenizer, folder)
     folder.claim()
+    _, note = optimizer(recipe)
+    if note:
+        announce(note)
     for callback in callbacks:
         trainer.add_callback(callback)
     parameters = facts.parameters(model)
@@ -84,8 +90,8 @@ def run(
         announce("harden: fixing ranks and bit widths")
         harden(model)
     announce("evaluate")
-    scores = score(trainer, task, data, recipe)
-    _save_adapter(model, folder, with_import=bool(summaries))
+    scores = score(trainer, task, data, recipe) + score_at_ranks(trainer, task, data, recipe)
+    _save_adapter(model, folder)
     record = RunRecord(
         name=recipe.name,
         method=recipe.method,
@@ -121,11 +127,12 @@ def _account(model: PeftModel, recipe: Recipe, announce: Callable[[str], object]
 
 
 def _check_length(recipe: Recipe, base: PreTrainedModel) -> None:
-    positions = largest_length(base)
-    if positions is not None and positions < recipe.task.max_length:
+    positions, before = largest_length(base), virtual_tokens(recipe)
+    if positions is not None and positions < recipe.task.max_length + before:
+        taken = f" and {before} virtual tokens come first" if before else ""
         raise ModelError(
-            f"task.max_length: given {recipe.task.max_length}, but {recipe.model!r} has {positions} positions, so at "
-            f"most {positions}"
+            f"task.max_length: given {recipe.task.max_length}, but {recipe.model!r} has {positions} positions{taken}, "
+            f"so at most {positions - before}"
         )
 
 
@@ -139,10 +146,10 @@ def _load_data(recipe: Recipe, task: Task) -> TaskData:
     )
 
 
-def _save_adapter(model: PeftModel, folder: RunFolder, *, with_import: bool) -> None:
+def _save_adapter(model: PeftModel, folder: RunFolder) -> None:
     model.save_pretrained(str(folder.adapter))
     card = folder.adapter / "README.md"
-    if with_import and card.is_file():
+    if model.active_peft_config.peft_type in TUNERS and card.is_file():
         text = card.read_text(encoding="utf-8")
         head, mark, rest = text.rpartition("\n---\n")
         card.write_text(f"{head}{mark}\n{CARD_HEAD}{rest.lstrip()}", encoding="utf-8")
@@ -191,7 +198,7 @@ def evaluate(run_folder: Path, *, task: str | None = None, data: str | None = No
         section = section.model_copy(update={"data": data})
     recipe = recipe.model_copy(update={"task": section})
     rows = _load_data(recipe, wanted)
-    base = models.load_model(recipe.model, own)
+    base = models.load_model(recipe.model, own, quantization(recipe))
     try:
         model = PeftModel.from_pretrained(base, str(run_folder / ADAPTER_FOLDER))
     except (OSError, ValueError, RuntimeError, SafetensorError) as reason:

@@ -9,13 +9,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rankbits.errors import ModelError
-from rankbits.recipes.schema import AdapterSection
 
 
-def check_targets(model: nn.Module, adapter: AdapterSection) -> None:
-    """Raise ModelError if a target matches no module, or one that is not linear, or if a saved module is unknown."""
-    modules = {name: module for name, module in model.named_modules() if name}
-    targets = adapter.targets
+def check_targets(model: nn.Module, targets: list[str] | str | None) -> None:
+    """Raise ModelError if a target matches no module, or one that is not linear."""
+    modules = _modules(model)
     if targets is not None and targets != "all-linear":
         _check_pattern(targets)
         wanted = [targets] if isinstance(targets, str) else [[target] for target in targets]
@@ -27,8 +25,17 @@ def check_targets(model: nn.Module, adapter: AdapterSection) -> None:
                 f"adapter.targets: {targets!r} matches {len(wrong)} module(s) that are not linear layers: "
                 f"{', '.join(wrong[:5])}; only torch.nn.Linear and transformers' Conv1D can be adapted"
             )
-    saved = [[name] for name in adapter.modules_to_save or ()]
+
+
+def check_saved(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise ModelError if a module that is to be trained in full is unknown."""
+    modules = _modules(model)
+    saved = [[name] for name in names]
     _refuse_unmatched("modules_to_save", saved, modules, sorted({_last(name) for name in modules}))
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if name}
 
 
 def _check_pattern(targets: list[str] | str) -> None:

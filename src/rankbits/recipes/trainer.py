@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 from rankbits import tasks
 from rankbits.errors import RecipeError
 from rankbits.recipes import encoding, facts, methods
+from rankbits.recipes.four_bits import optimizer
 from rankbits.recipes.run_folder import RunFolder
 from rankbits.recipes.schema import Recipe
 from rankbits.recipes.scoring import reduction
@@ -68,7 +69,9 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     training = recipe.training
     # A language model's outputs are as many times larger than a classifier's as it knows words.
     completes = tasks.get(recipe.task.name).kind == "completion"
+    paged, _ = optimizer(recipe)
     return {
+        **({"optim": paged} if paged else {}),
         "num_train_epochs": training.epochs or 1.0,
         "max_steps": training.max_steps or -1,
         "per_device_train_batch_size": training.batch_size,

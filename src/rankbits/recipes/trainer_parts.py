@@ -14,6 +14,7 @@ from rankbits.recipes.question import budgets_of
 from rankbits.recipes.schema import Recipe
 from rankbits.training.callback import RankbitsCallback
 from rankbits.training.groups import GateRates, optimizer_and_scheduler
+from rankbits.training.rank_callback import DyloraCallback
 from rankbits.training.schedule import GateSchedule
 from rankbits.tuners.bayesian_lora import learning_adapters
 
@@ -41,6 +42,11 @@ def learned_gates(recipe: Recipe, model: PeftModel, total_steps: int) -> Trainer
         return TrainerParts()
     schedule = gate_schedule(recipe, model, total_steps)
     return TrainerParts((RankbitsCallback(schedule),), _gate_optimizers(recipe, schedule))
+
+
+def drawn_ranks(_recipe: Recipe, _model: PeftModel, _total_steps: int) -> TrainerParts:
+    """What draws the rank of every step of DyLoRA."""
+    return TrainerParts((DyloraCallback(),))
 
 
 def gate_schedule(recipe: Recipe, model: PeftModel, total_steps: int) -> GateSchedule:
