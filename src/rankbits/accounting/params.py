@@ -15,8 +15,8 @@ from rankbits.accounting.methods import (
     WITH_MAGNITUDE,
     adapted_ends,
     bottleneck_width,
-    mora_side,
 )
+from rankbits.accounting.mora import mora_side
 from rankbits.accounting.quantizers import GATES_PER_QUANTIZER, PROBABILITIES, Owned, owned, ranges, sites_of
 from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Part, Rows, Table
 from rankbits.accounting.trained import NOT_ALL_LINEAR, above_body, inside, is_head, top_blocks
@@ -107,7 +107,7 @@ def layer_count(linear: Linear, spec: MethodSpec, own: Owned) -> ParameterCount:
     rank, d_in, d_out = spec.rank, linear.d_in, linear.d_out
     _check_rank(linear, spec)
     if spec.method is Method.MORA:
-        return ParameterCount(adapter=mora_side(linear, rank) ** 2)
+        return ParameterCount(adapter=mora_side(linear, spec) ** 2)
     if spec.method in FIXED_DOWN:
         return ParameterCount(adapter=rank * d_out, stored_indices=rank)
     if spec.method in FIXED_UP:
