@@ -155,6 +155,15 @@ METHODS: tuple[Method, ...] = (
         sections=("dylora",),
     ),
     Method(
+        name="adalora",
+        trains="an update in the form of a singular value decomposition, beside frozen weights (PEFT)",
+        learns="which of all layers' ranks are left when their number has fallen to a given mean",
+        merges="exactly",
+        exports="merged",
+        paper="Zhang et al. 2023, AdaLoRA",
+        sections=("adalora",),
+    ),
+    Method(
         name="houlsby",
         trains="bottlenecks where attention and feed-forward end",
         learns=NEITHER,
@@ -198,6 +207,31 @@ METHODS: tuple[Method, ...] = (
         exports="no",
         paper="Lester et al. 2021, prompt tuning",
         sections=("prompt",),
+    ),
+    Method(
+        name="full",
+        trains="all weights of the model",
+        learns=NEITHER,
+        merges="exactly: it is the model",
+        exports="merged",
+        paper="Devlin et al. 2019, BERT",
+    ),
+    Method(
+        name="top-layer",
+        trains="the last blocks and the head",
+        learns=NEITHER,
+        merges="exactly: it is the model",
+        exports="merged",
+        paper="Houlsby et al. 2019, adapters (their second baseline)",
+        sections=("top_layer",),
+    ),
+    Method(
+        name="feature-based",
+        trains="the head alone, on features of the frozen model",
+        learns=NEITHER,
+        merges="exactly: it is the model",
+        exports="merged",
+        paper="Devlin et al. 2019, BERT, section 5.3",
     ),
 )
 

@@ -10,15 +10,17 @@ from rankbits.accounting.architectures.read import Head
 from rankbits.accounting.params import targeted
 from rankbits.accounting.settings import Base
 from rankbits.accounting.spec import Granularity, Method, MethodSpec, ModelShape, MoraForm, Placement
+from rankbits.accounting.trained import above_body
 from rankbits.recipes.catalogue import method as described
 from rankbits.recipes.schema import QUANTIZER_SITES, AdapterSection, Recipe
-from rankbits.recipes.sizes import bottleneck_width, sbora_variant, virtual_tokens
+from rankbits.recipes.sizes import bottleneck_width, initial_rank, sbora_variant, virtual_tokens
 
 if TYPE_CHECKING:
     from rankbits.recipes.question import Keys
 
 CLASSIFIERS = ("classifier", "score")
 """Heads that PEFT trains in full, without being told, when it adapts a classifier of sequences."""
+WITHOUT_ADAPTERS = frozenset({Method.FULL, Method.TOP_LAYER, Method.FEATURE_BASED})
 
 
 def spec_of(recipe: Recipe, shape: ModelShape, head: Head) -> MethodSpec:
@@ -32,7 +34,7 @@ def spec_of(recipe: Recipe, shape: ModelShape, head: Head) -> MethodSpec:
     adapter, method = recipe.adapter, method_of(recipe)
     spec = MethodSpec(
         method,
-        rank=adapter.r,
+        rank=initial_rank(recipe),
         targets=targets_of(adapter.targets),
         sites=own_sites(method, adapter) if adapter.learn_bits else (),
         learn_rank=adapter.learn_rank,
@@ -40,8 +42,11 @@ def spec_of(recipe: Recipe, shape: ModelShape, head: Head) -> MethodSpec:
         mora=MoraForm(adapter.mora.type, adapter.mora.rounding == "floor", adapter.mora.fold),
         width=bottleneck_width(recipe, shape.hidden),
         virtual_tokens=virtual_tokens(recipe),
-        trained_in_full=in_full(shape, adapter.modules_to_save or (), head),
+        trained_in_full=in_full_with(method, shape, adapter.modules_to_save or (), head),
+        layers=adapter.top_layer.layers,
     )
+    if method is Method.ADALORA:
+        return replace(spec, ranks={linear.name: adapter.r for linear in targeted(shape, spec)})
     used = adapter.dylora.evaluation_rank
     if method is Method.DYLORA and used is not None:
         return replace(spec, ranks={linear.name: used for linear in targeted(shape, spec)})
@@ -84,6 +89,13 @@ def grids_of(settings: Keys | AdapterSection) -> dict[str, Any]:
         "tie_groups": settings.tie_groups is not None,
         "quantize_attention": settings.quantize_attention,
     }
+
+
+def in_full_with(method: Method, shape: ModelShape, wanted: Sequence[str], head: Head) -> tuple[str, ...]:
+    """Modules trained in full: PEFT's and, without adapters, those that the method means with those asked for."""
+    if method not in WITHOUT_ADAPTERS:
+        return in_full(shape, wanted, head)
+    return (*above_body(shape), *in_full(shape, wanted, Head.NONE)) if wanted else ()
 
 
 def in_full(shape: ModelShape, wanted: Sequence[str], head: Head) -> tuple[str, ...]:

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
+from rankbits.recipes.freezing import trained_parameters
 from rankbits.records import BudgetRecord, ModuleRecord, ParameterRecord
 from rankbits.training.callback import RankbitsCallback
 from rankbits.tuners.bayesian_lora import LayerSummary
@@ -74,17 +76,22 @@ def _largest_resident_set() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def parameters(model: PeftModel) -> ParameterRecord:
+def parameters(model: PeftModel | PreTrainedModel) -> ParameterRecord:
     """Numbers of parameters of a model in training, before hardening.
 
-    `adapter` counts the matrices of the update (A, E, B); gates and ranges are what Bayesian-LoRA adds to them.
+    `adapter` counts the matrices of the update (A, E, B); gates and ranges are what Bayesian-LoRA adds to them; `base`
+    are weights of the model itself, where they train.
     """
+    if not isinstance(model, PeftModel):
+        return trained_parameters(model)
     counts = {"adapter": 0, "gates": 0, "ranges": 0, "head": 0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             counts[_part(name)] += _numbers(parameter)
     # A module that is trained in full is there twice: trained, and as it was.
-    originals = sum(_numbers(p) for name, p in model.named_parameters() if ".original_module." in name)
+    # AdaLoRA's ranknum is a setting that PEFT keeps as a parameter.
+    uncounted = (".original_module.", ".ranknum.")
+    originals = sum(_numbers(p) for name, p in model.named_parameters() if any(mark in name for mark in uncounted))
     total = sum(_numbers(p) for p in model.parameters()) - originals
     return ParameterRecord(trainable=sum(counts.values()), total=total, **counts)
 
@@ -122,6 +129,8 @@ def learned(model: nn.Module, summaries: list[LayerSummary]) -> list[ModuleRecor
 
 def _fixed_ranks(layer: nn.Module) -> Iterable[tuple[int, int]]:
     """Rank and largest rank of each adapter of a layer whose update is a product of two matrices."""
+    if isinstance(layer, AdaLoraLayer):
+        return [(int(diagonal.count_nonzero()), layer.r[name]) for name, diagonal in layer.lora_E.items()]
     if isinstance(layer, DyloraLinear):
         return [(layer.evaluation_rank[name], largest) for name, largest in layer.r.items()]
     return [(rank, rank) for rank in layer.r.values()] if isinstance(layer, LoraLayer | SboraLinear) else []

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rankbits.errors import ModelError
+from rankbits.records import ParameterRecord
 
 
 class Freezing(str, Enum):
@@ -88,6 +89,20 @@ def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     table = model.get_input_embeddings()
     tied = {id(parameter) for parameter in table.parameters()}
     return [parameter for parameter in model.parameters() if id(parameter) in own - tied]
+
+
+def trained_parameters(model: PreTrainedModel) -> ParameterRecord:
+    """Numbers of parameters that train: weights of the body's blocks as `base`, others as `head`; all if all train."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    total, trainable = model.num_parameters(), sum(parameter.numel() for parameter in trained)
+    if trainable == total:
+        head = 0
+    else:
+        blocks = {id(parameter) for parameter in block_stack(model)[1].parameters()}
+        head = sum(parameter.numel() for parameter in trained if id(parameter) not in blocks)
+    return ParameterRecord(
+        trainable=trainable, adapter=0, gates=0, ranges=0, head=head, base=trainable - head, total=total
+    )
 
 
 def save_whole(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:

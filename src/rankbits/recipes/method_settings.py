@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
 from rankbits.accounting.mora import usual_kind
-from rankbits.recipes.fields import STRICT, Count, Positive, Text
+from rankbits.recipes.fields import STRICT, Count, Positive, Share, Text, Weight
 
 
 class MoraSettings(BaseModel):
@@ -135,6 +135,38 @@ class PromptSettings(BaseModel):
         if (info.data.get("init") == "text") != (text is not None):
             raise ValueError("a text where adapter.prompt.init is text, and null where it is not")
         return text
+
+
+class AdaloraSettings(BaseModel):
+    """How AdaLoRA's ranks move: adapter.r is the mean rank that is left. Phases are fractions of all steps."""
+
+    model_config = STRICT
+    initial_rank: Count | None = Field(
+        default=None, description="a whole number of at least adapter.r: every rank at the start, or null for 1.5 r"
+    )
+    warmup: Share = Field(default=0.1, description="a fraction from 0 to below 1: training before any rank closes")
+    final: Share = Field(
+        default=0.4, description="a fraction from 0 to below 1: training with the final ranks, at the end"
+    )
+    interval: Count = Field(default=10, description="a whole number of at least 1: steps between two choices of ranks")
+    orthogonality: Weight = Field(
+        default=0.1, description="a number of at least 0: weight of the penalty that keeps A and B orthogonal"
+    )
+
+    @field_validator("final")
+    @classmethod
+    def _ranks_have_time_to_close(cls, final: float, info: ValidationInfo) -> float:
+        warmup = info.data.get("warmup")
+        if warmup is not None and warmup + final >= 1:
+            raise ValueError(f"warmup + final below 1, they are {warmup:g} + {final:g}: ranks close between them")
+        return final
+
+
+class TopLayerSettings(BaseModel):
+    """Which blocks top-layer fine-tuning trains besides the head."""
+
+    model_config = STRICT
+    layers: Count = Field(default=1, description="a whole number of at least 1: blocks, counted from the top")
 
 
 class Nf4Settings(BaseModel):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from peft import (
+    AdaLoraConfig,
     LoraConfig,
     PeftConfig,
     PeftModel,
@@ -19,11 +20,13 @@ from peft import (
 from transformers import PreTrainedModel
 
 from rankbits.errors import ModelError
+from rankbits.recipes.freezing import Freezing, freeze
 from rankbits.recipes.models import resolve
 from rankbits.recipes.schema import Recipe
-from rankbits.recipes.sizes import bottleneck_width, sbora_variant
+from rankbits.recipes.sizes import bottleneck_width, initial_rank, sbora_variant
 from rankbits.recipes.targets import check_saved, check_targets
-from rankbits.recipes.trainer_parts import TrainerParts, drawn_ranks, learned_gates
+from rankbits.recipes.trainer_parts import TrainerParts, allocated_ranks, drawn_ranks, learned_gates
+from rankbits.training.adalora_schedule import LEFT_OPEN, fix_ranks
 from rankbits.tuners.bayesian_lora import BayesianLoraConfig
 from rankbits.tuners.bottleneck import BottleneckConfig
 from rankbits.tuners.dylora import DyloraConfig
@@ -116,6 +119,22 @@ def _dylora(recipe: Recipe, _model: PreTrainedModel) -> PeftConfig:
     )
 
 
+def _adalora(recipe: Recipe, _model: PreTrainedModel) -> PeftConfig:
+    adapter, own = recipe.adapter, recipe.adapter.adalora
+    initial = initial_rank(recipe)
+    return AdaLoraConfig(
+        init_r=initial,
+        target_r=adapter.r,
+        # PEFT divides by the rank at the start, whatever ranks are left.
+        lora_alpha=adapter.alpha * initial / adapter.r,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        deltaT=own.interval,
+        total_step=LEFT_OPEN,
+        target_modules=adapter.targets,
+        modules_to_save=_own(adapter.modules_to_save),
+    )
+
+
 def _bottleneck(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
     adapter, own = recipe.adapter, recipe.adapter.bottleneck
     return BottleneckConfig(
@@ -169,11 +188,13 @@ class Attachment:
         config: PEFT's configuration, from a recipe and the model that it is for; ValueError if it does not suit it.
         training: what the Trainer needs besides, from the recipe, the adapted model and the number of steps; or None.
         on_linears: whether it sits on the linear layers that `adapter.targets` names.
+        finish: what is done to the model once it is trained, or None.
     """
 
     config: Callable[[Recipe, PreTrainedModel], PeftConfig]
     training: Callable[[Recipe, PeftModel, int], TrainerParts] | None = None
     on_linears: bool = True
+    finish: Callable[[PeftModel], object] | None = None
 
 
 METHODS: dict[str, Attachment] = {
@@ -188,17 +209,22 @@ METHODS: dict[str, Attachment] = {
     "sbora-fb": Attachment(_sbora),
     "qsbora": Attachment(_sbora),
     "dylora": Attachment(_dylora, drawn_ranks),
+    "adalora": Attachment(_adalora, allocated_ranks, finish=fix_ranks),
     "houlsby": Attachment(_bottleneck, on_linears=False),
     "pfeiffer": Attachment(_bottleneck, on_linears=False),
     "parallel": Attachment(_bottleneck, on_linears=False),
     "prefix": Attachment(_prefix, on_linears=False),
     "prompt": Attachment(_prompt, on_linears=False),
 }
-"""Every method of the catalogue. Whether its base is held in 4 bits is said there."""
+"""Methods that PEFT attaches. Whether their base is held in 4 bits is said in the catalogue."""
+WITHOUT_ADAPTERS: dict[str, Freezing] = {rule.value: rule for rule in Freezing}
+"""Methods that train weights of the model itself."""
 
 
-def attach(recipe: Recipe, model: PreTrainedModel, task_type: TaskType = TaskType.SEQ_CLS) -> PeftModel:
-    """Put the recipe's adapters into a model.
+def attach(
+    recipe: Recipe, model: PreTrainedModel, task_type: TaskType = TaskType.SEQ_CLS
+) -> PeftModel | PreTrainedModel:
+    """Put the recipe's adapters into a model, or choose which of its own weights train.
 
     Args:
         recipe: its method and its adapter section are read.
@@ -209,12 +235,30 @@ def attach(recipe: Recipe, model: PreTrainedModel, task_type: TaskType = TaskTyp
         ModelError: the targets match nothing, match layers that cannot be adapted, or the method does not suit the
             model.
     """
+    check_saved(model, recipe.adapter.modules_to_save or ())
+    if recipe.method in WITHOUT_ADAPTERS:
+        adapter, rule = recipe.adapter, WITHOUT_ADAPTERS[recipe.method]
+        return freeze(model, rule, adapter.top_layer.layers, also=adapter.modules_to_save or ())
     attachment = METHODS[recipe.method]
     check_targets(model, recipe.adapter.targets if attachment.on_linears else None)
-    check_saved(model, recipe.adapter.modules_to_save or ())
     try:
         config = attachment.config(recipe, model)
         config.task_type = task_type
         return get_peft_model(model, config)
     except (ValueError, TypeError) as reason:
         raise ModelError(f"adapter: {recipe.method} cannot be attached to {recipe.model!r}: {reason}") from reason
+
+
+def training_of(recipe: Recipe, model: PeftModel | PreTrainedModel, total_steps: int) -> TrainerParts:
+    """What a recipe's method brings to the Trainer. RecipeError if it does not suit the model or the run."""
+    prepare = METHODS[recipe.method].training if recipe.method in METHODS else None
+    if prepare is None or not isinstance(model, PeftModel):
+        return TrainerParts()
+    return prepare(recipe, model, total_steps)
+
+
+def finish(recipe: Recipe, model: PeftModel | PreTrainedModel) -> None:
+    """End the training of a method, after which what is left of it no longer changes."""
+    last = METHODS[recipe.method].finish if recipe.method in METHODS else None
+    if last is not None and isinstance(model, PeftModel):
+        last(model)

@@ -24,7 +24,7 @@ from rankbits.accounting.widths import FLOAT, FOUR_BIT_BASES
 from rankbits.embedded import locate
 from rankbits.errors import RecipeError
 from rankbits.recipes.catalogue import EMBEDDED_MODELS
-from rankbits.recipes.counted import base_of, grids_of, in_full, own_sites, spec_of, targets_of
+from rankbits.recipes.counted import base_of, grids_of, in_full_with, own_sites, spec_of, targets_of
 from rankbits.recipes.fields import STRICT, Count, Text
 from rankbits.recipes.problems import Problem, describe, problems_of
 from rankbits.recipes.schema import QuantizerSite, Recipe
@@ -221,7 +221,7 @@ def from_keys(model: str, overrides: Sequence[str], budget: str | None = None) -
         **grids_of(keys),
         width=keys.width,
         virtual_tokens=keys.virtual_tokens,
-        trained_in_full=in_full(shape, keys.modules_to_save, head),
+        trained_in_full=in_full_with(method, shape, keys.modules_to_save, head),
         layers=keys.layers,
     )
     check_attention(shape, spec)

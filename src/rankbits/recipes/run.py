@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel, TaskType
 from safetensors import SafetensorError
@@ -17,13 +19,23 @@ from rankbits.accounting.measure.inputs import largest_length
 from rankbits.errors import ModelError, RunFolderError
 from rankbits.recipes import encoding, facts, methods, models
 from rankbits.recipes.four_bits import optimizer, quantization
-from rankbits.recipes.run_folder import ADAPTER_FOLDER, RECIPE_FILE, RECORD_FILE, RunFolder, read_recipe, work_of
+from rankbits.recipes.freezing import save_whole
+from rankbits.recipes.run_folder import (
+    ADAPTER_FOLDER,
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    RECORD_FILE,
+    RunFolder,
+    read_recipe,
+    work_of,
+)
 from rankbits.recipes.schema import Recipe
 from rankbits.recipes.scoring import reduction, score, score_at_ranks
 from rankbits.recipes.sizes import virtual_tokens
-from rankbits.recipes.trainer import arguments, history, make_trainer, train
+from rankbits.recipes.trainer import Trainable, arguments, history, make_trainer, train
 from rankbits.records import CostRecord, DataRecord, RunRecord, ScoreRecord, recipe_hash
 from rankbits.tasks import Task, TaskData
+from rankbits.training.adalora_schedule import task_loss_only
 from rankbits.tuners.bayesian_lora import harden, summarize
 from rankbits.tuners.register import TUNERS
 
@@ -83,6 +95,7 @@ def run(
         trainer.add_callback(callback)
     parameters = facts.parameters(model)
     training = train(trainer, folder, announce)
+    methods.finish(recipe, model)
 
     summaries = summarize(model)
     modules, budgets = facts.learned(model, summaries), facts.budgets(trainer.callback_handler.callbacks)
@@ -91,7 +104,7 @@ def run(
         harden(model)
     announce("evaluate")
     scores = score(trainer, task, data, recipe) + score_at_ranks(trainer, task, data, recipe)
-    _save_adapter(model, folder)
+    _save(model, tokenizer, folder)
     record = RunRecord(
         name=recipe.name,
         method=recipe.method,
@@ -115,7 +128,7 @@ def run(
     return record
 
 
-def _account(model: PeftModel, recipe: Recipe, announce: Callable[[str], object]) -> CostRecord | None:
+def _account(model: Trainable, recipe: Recipe, announce: Callable[[str], object]) -> CostRecord | None:
     """What a forward pass costs at the task's longest rows; None, said aloud, where that cannot be counted."""
     announce("account: counting one forward pass")
     try:
@@ -146,7 +159,10 @@ def _load_data(recipe: Recipe, task: Task) -> TaskData:
     )
 
 
-def _save_adapter(model: PeftModel, folder: RunFolder) -> None:
+def _save(model: Trainable, tokenizer: Any, folder: RunFolder) -> None:
+    if not isinstance(model, PeftModel):
+        save_whole(model, tokenizer, folder.model)
+        return
     model.save_pretrained(str(folder.adapter))
     card = folder.adapter / "README.md"
     if model.active_peft_config.peft_type in TUNERS and card.is_file():
@@ -167,6 +183,33 @@ def _data_record(recipe: Recipe, data: TaskData) -> DataRecord:
     )
 
 
+def _require(run_folder: Path, name: str) -> Path:
+    if not (run_folder / name).exists():
+        raise RunFolderError(f"{run_folder} holds no finished run: {name} is missing")
+    return run_folder / name
+
+
+def _load_trained(recipe: Recipe, run_folder: Path, task: Task) -> Trainable:
+    """The model of a finished run, with its adapter or as a whole. RunFolderError if it cannot be loaded."""
+    if recipe.method in methods.WITHOUT_ADAPTERS:
+        whole = _require(run_folder, MODEL_FOLDER)
+        try:
+            return models.load_model(str(whole), task)
+        except ModelError as reason:
+            raise RunFolderError(f"{whole} cannot be loaded: {reason}") from reason
+    adapter = _require(run_folder, ADAPTER_FOLDER)
+    base = models.load_model(recipe.model, task, quantization(recipe))
+    try:
+        with warnings.catch_warnings():
+            # PEFT takes the names of AdaLoRA's own diagonals for names of modules; it loads them all the same.
+            warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+            model = PeftModel.from_pretrained(base, str(adapter))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as reason:
+        raise RunFolderError(f"{adapter} cannot be loaded onto {recipe.model!r}: {reason}") from reason
+    task_loss_only(model)
+    return model
+
+
 def evaluate(run_folder: Path, *, task: str | None = None, data: str | None = None) -> list[ScoreRecord]:
     """Score a finished run, on its own evaluation rows or on others.
 
@@ -178,9 +221,8 @@ def evaluate(run_folder: Path, *, task: str | None = None, data: str | None = No
     Raises:
         RunFolderError: the folder holds no finished run, or its head does not fit the task.
     """
-    for name in (RECIPE_FILE, RECORD_FILE, ADAPTER_FOLDER):
-        if not (run_folder / name).exists():
-            raise RunFolderError(f"{run_folder} holds no finished run: {name} is missing")
+    for name in (RECIPE_FILE, RECORD_FILE):
+        _require(run_folder, name)
     recipe = read_recipe(run_folder / RECIPE_FILE)
     own, wanted = tasks.get(recipe.task.name), tasks.get(task or recipe.task.name)
     if (own.kind == "completion") != (wanted.kind == "completion"):
@@ -198,13 +240,7 @@ def evaluate(run_folder: Path, *, task: str | None = None, data: str | None = No
         section = section.model_copy(update={"data": data})
     recipe = recipe.model_copy(update={"task": section})
     rows = _load_data(recipe, wanted)
-    base = models.load_model(recipe.model, own, quantization(recipe))
-    try:
-        model = PeftModel.from_pretrained(base, str(run_folder / ADAPTER_FOLDER))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as reason:
-        raise RunFolderError(
-            f"{run_folder / ADAPTER_FOLDER} cannot be loaded onto {recipe.model!r}: {reason}"
-        ) from reason
+    model = _load_trained(recipe, run_folder, own)
     tokenizer = models.load_tokenizer(recipe.model)
     # The Trainer makes a folder for checkpoints, which has no business in a finished run.
     with tempfile.TemporaryDirectory() as folder:

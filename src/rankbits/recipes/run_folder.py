@@ -16,6 +16,7 @@ from rankbits.records import RunRecord, recipe_hash, write_atomically
 RECIPE_FILE = "recipe.yaml"
 RECORD_FILE = "record.json"
 ADAPTER_FOLDER = "adapter"
+MODEL_FOLDER = "model"
 CHECKPOINT_FOLDER = "checkpoints"
 NOT_PART_OF_THE_WORK = {"output": True, "training": {"report_to", "logging_steps", "save_steps"}}
 """Keys that change where results go or how often they are told, and so neither the hash nor whether a run resumes."""
@@ -46,6 +47,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """The finished adapter, as PEFT saves it."""
         return self.path / ADAPTER_FOLDER
+
+    @property
+    def model(self) -> Path:
+        """The finished model, as transformers saves it, where weights of its own were trained."""
+        return self.path / MODEL_FOLDER
 
     @property
     def checkpoints(self) -> Path:

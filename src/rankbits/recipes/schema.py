@@ -17,6 +17,7 @@ from rankbits.errors import RecipeError
 from rankbits.recipes.catalogue import method_names
 from rankbits.recipes.fields import STRICT, Count, Positive, Share, Text, Weight
 from rankbits.recipes.method_settings import (
+    AdaloraSettings,
     BottleneckSettings,
     DyloraSettings,
     MoraSettings,
@@ -24,6 +25,7 @@ from rankbits.recipes.method_settings import (
     PrefixSettings,
     PromptSettings,
     SboraSettings,
+    TopLayerSettings,
 )
 from rankbits.recipes.nearest import nearest
 
@@ -142,6 +144,8 @@ class AdapterSection(BaseModel):
     prefix: PrefixSettings = Field(default_factory=PrefixSettings)
     prompt: PromptSettings = Field(default_factory=PromptSettings)
     nf4: Nf4Settings = Field(default_factory=Nf4Settings)
+    adalora: AdaloraSettings = Field(default_factory=AdaloraSettings)
+    top_layer: TopLayerSettings = Field(default_factory=TopLayerSettings)
 
     @field_validator("quantize_attention")
     @classmethod

@@ -11,6 +11,15 @@ def sbora_variant(recipe: Recipe) -> str:
     return named.get(recipe.method) or recipe.adapter.sbora.variant or "fa"
 
 
+def initial_rank(recipe: Recipe) -> int:
+    """The rank that every layer is given: AdaLoRA's at the start, half as much again if none is said."""
+    r, given = recipe.adapter.r, recipe.adapter.adalora.initial_rank
+    if recipe.method != "adalora":
+        return r
+    # Zhang et al. 2023, section 4: the initial budget is 1.5 times the final one.
+    return round(1.5 * r) if given is None else given
+
+
 def bottleneck_width(recipe: Recipe, hidden: int) -> int | None:
     """Width of a bottleneck in a model of this hidden size; None is the method's usual one."""
     settings = recipe.adapter.bottleneck

@@ -16,7 +16,7 @@ def unsuited(recipe: Recipe) -> list[Problem]:
 
     Settings of other methods are no problem, so that one recipe serves several; they are not read.
     """
-    checks = (_budget, _mora, _sbora, _dylora, _prefix)
+    checks = (_budget, _mora, _sbora, _dylora, _adalora, _prefix)
     return list(chain.from_iterable(check(recipe) for check in checks))
 
 
@@ -53,6 +53,12 @@ def _dylora(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("adapter.dylora.evaluation_rank", f"given {settings.evaluation_rank}, expected at most r={r}")
     if any(rank > r for rank in settings.evaluate_ranks):
         yield Problem("adapter.dylora.evaluate_ranks", f"given {settings.evaluate_ranks}, expected at most r={r} each")
+
+
+def _adalora(recipe: Recipe) -> Iterator[Problem]:
+    given, r = recipe.adapter.adalora.initial_rank, recipe.adapter.r
+    if recipe.method == "adalora" and given is not None and given < r:
+        yield Problem("adapter.adalora.initial_rank", f"given {given}, expected at least r={r}, the mean that is left")
 
 
 def _prefix(recipe: Recipe) -> Iterator[Problem]:

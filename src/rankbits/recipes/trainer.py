@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from rankbits import tasks
 from rankbits.errors import RecipeError
@@ -19,14 +19,15 @@ from rankbits.recipes.four_bits import optimizer
 from rankbits.recipes.run_folder import RunFolder
 from rankbits.recipes.schema import Recipe
 from rankbits.recipes.scoring import reduction
-from rankbits.recipes.trainer_parts import TrainerParts
 from rankbits.records import TrainingRecord
 from rankbits.tasks import Task, TaskData
 from rankbits.training.callback import FiniteLossCallback
 
+Trainable = PeftModel | PreTrainedModel
+
 
 def make_trainer(
-    recipe: Recipe, task: Task, data: TaskData, model: PeftModel, tokenizer: Any, folder: RunFolder
+    recipe: Recipe, task: Task, data: TaskData, model: Trainable, tokenizer: Any, folder: RunFolder
 ) -> Trainer:
     """The Trainer of a run, with the callbacks and the optimizer that the recipe's method needs.
 
@@ -35,8 +36,7 @@ def make_trainer(
     """
     given = arguments(recipe, str(folder.checkpoints), recipe.training.report_to or "none")
     train = encoding.encode(data.train, task, tokenizer, recipe.task.max_length)
-    prepare = methods.METHODS[recipe.method].training
-    parts = prepare(recipe, model, _total_steps(given, len(train))) if prepare else TrainerParts()
+    parts = methods.training_of(recipe, model, _total_steps(given, len(train)))
     try:
         trainer = Trainer(
             model=model,
@@ -132,7 +132,10 @@ def _continue(trainer: Trainer, checkpoint: Path | None) -> None:
         return
     trainer.state = state
     model: Any = trainer.model
-    model.load_adapter(str(checkpoint), "default", is_trainable=True)
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(checkpoint), "default", is_trainable=True)
+    else:
+        model.load_state_dict(type(model).from_pretrained(str(checkpoint)).state_dict())
 
 
 def history(trainer: Trainer) -> list[dict[str, float]]:

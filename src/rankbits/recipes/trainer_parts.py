@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 from rankbits.errors import RecipeError, ScheduleError
 from rankbits.recipes.question import budgets_of
 from rankbits.recipes.schema import Recipe
+from rankbits.training.adalora_callback import AdaloraCallback
+from rankbits.training.adalora_schedule import AdaloraSchedule
 from rankbits.training.callback import RankbitsCallback
 from rankbits.training.groups import GateRates, optimizer_and_scheduler
 from rankbits.training.rank_callback import DyloraCallback
@@ -47,6 +49,16 @@ def learned_gates(recipe: Recipe, model: PeftModel, total_steps: int) -> Trainer
 def drawn_ranks(_recipe: Recipe, _model: PeftModel, _total_steps: int) -> TrainerParts:
     """What draws the rank of every step of DyLoRA."""
     return TrainerParts((DyloraCallback(),))
+
+
+def allocated_ranks(recipe: Recipe, model: PeftModel, total_steps: int) -> TrainerParts:
+    """What moves AdaLoRA's ranks. RecipeError if its phases do not suit the run."""
+    own = recipe.adapter.adalora
+    try:
+        schedule = AdaloraSchedule(model, total_steps, phases=(own.warmup, own.final), orthogonality=own.orthogonality)
+    except ScheduleError as reason:
+        raise RecipeError(f"adapter.adalora: {reason}") from reason
+    return TrainerParts((AdaloraCallback(schedule),))
 
 
 def gate_schedule(recipe: Recipe, model: PeftModel, total_steps: int) -> GateSchedule:

@@ -21,20 +21,21 @@ class AdaloraCallback(TrainerCallback):
     its checkpoints, and has to have a place in the model before one is loaded.
 
     Args:
-        phases: fractions of all steps before the budget falls and after it has fallen; None takes the tinit and tfinal
-            of the adapter's config.
-        orthogonality: weight of the penalty; None takes the config's.
+        schedule: a schedule made beforehand; None makes one when training begins.
+        settings: keyword arguments of `AdaloraSchedule` (phases, orthogonality), if `schedule` is None.
 
     Raises:
-        ScheduleError: when training begins, if no AdaLoRA adapter is in training, total or phases do not fit the run,
-            or the Trainer runs a mode without whole gradients (DeepSpeed, FSDP, fp16 loss scaling); when it ends, if
-            the schedule saw another number of steps than were made or the ranks left are not the target's.
+        ScheduleError: both were given; when the Trainer is made, if no AdaLoRA adapter is in training; when training
+            begins, if total or phases do not fit the run, or the Trainer runs a mode without whole gradients
+            (DeepSpeed, FSDP, fp16 loss scaling); when it ends, if the schedule saw another number of steps than were
+            made, or more ranks are left than the target.
     """
 
-    def __init__(self, phases: tuple[float, float] | None = None, orthogonality: float | None = None) -> None:
-        self.phases = phases
-        self.orthogonality = orthogonality
-        self.schedule: AdaloraSchedule | None = None
+    def __init__(self, schedule: AdaloraSchedule | None = None, **settings: Any) -> None:
+        if schedule is not None and settings:
+            raise ScheduleError(f"give AdaloraCallback a schedule or its settings {sorted(settings)}, not both")
+        self.schedule = schedule
+        self.settings = settings
         self.penalty = 0.0
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -44,11 +45,15 @@ class AdaloraCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make the schedule, and go to the step that training resumes at."""
+        """Make or check the schedule, and go to the step that training resumes at."""
         _refuse_unsupported(args)
-        # Of a model that this callback trained before, the config no longer knows the weight.
-        weight = self.orthogonality if self.schedule is None else self.schedule.orthogonality
-        self.schedule = AdaloraSchedule(kwargs["model"], state.max_steps, phases=self.phases, orthogonality=weight)
+        if self.schedule is None:
+            self.schedule = AdaloraSchedule(kwargs["model"], state.max_steps, **self.settings)
+        if self.schedule.budget.total_steps != state.max_steps:
+            raise ScheduleError(
+                f"AdaLoRA's schedule was made for {self.schedule.budget.total_steps} optimizer steps, but the Trainer "
+                f"will make {state.max_steps}"
+            )
         saved = _kept(state).get(STATE_NAME)
         if state.global_step > 0 and saved is not None:
             self.schedule.load_state_dict(saved)

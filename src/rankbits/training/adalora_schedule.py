@@ -106,10 +106,8 @@ class AdaloraSchedule:
         self.completed_steps = 0
         self.config.tinit, self.config.tfinal = self.budget.warmup_steps, self.budget.final_steps
         self.config.total_step = total_steps
-        # With a pattern PEFT would save the kept ranks alone, and a masked one could never return after resuming.
-        self.config.rank_pattern = None
         task_loss_only(model)
-        make_averages(model)
+        self._hold_all_ranks()
 
     def add_orthogonality_gradient(self) -> float:
         """Add the penalty's gradient to `.grad`, after backward and before the optimizer's step.
@@ -160,6 +158,7 @@ class AdaloraSchedule:
             raise ScheduleError(
                 f"completed_steps must be from 0 to the run's {self.budget.total_steps}, got {completed_steps}"
             )
+        self._hold_all_ranks()
         measured = completed_steps > 0 and self.budget.last_change > 1
         if measured and not any(bool(_averages(layer)[self.adapter].any()) for _, layer in self._layers()):
             raise ScheduleError(
@@ -168,6 +167,11 @@ class AdaloraSchedule:
                 "checkpoint written with it; in a loop of your own make the schedule before the adapter is loaded"
             )
         self.completed_steps = completed_steps
+
+    def _hold_all_ranks(self) -> None:
+        # With a pattern PEFT would save the kept ranks alone, and a masked one could never return after resuming.
+        self.config.rank_pattern = None
+        make_averages(self.model)
 
     def kept(self) -> dict[str, int]:
         """Ranks that each layer has now: entries of E that are not zero. Between two masks closed ones may move."""

@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 from tiny_decoder import save_tiny_decoder
 from tiny_encoder import save_tiny_encoder
-from transformers import TrainerCallback, TrainerControl
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+    TrainerControl,
+)
 
 from rankbits.accounting.params import base_parameters, count
-from rankbits.errors import ModelError
+from rankbits.errors import ModelError, RunFolderError
 from rankbits.recipes.catalogue import method_names
 from rankbits.recipes.load import load
 from rankbits.recipes.question import from_recipe
@@ -65,6 +71,11 @@ def _recipe(work: Path, method: str, *changes: str, decoder: bool = False, outpu
 @pytest.mark.parametrize("decoder", [False, True], ids=["encoder", "decoder"])
 def test_a_method_runs_is_scored_again_and_is_what_was_estimated(work: Path, method: str, decoder: bool) -> None:
     recipe, told = _recipe(work, method, decoder=decoder), []
+    if method == "feature-based" and decoder:
+        with pytest.raises(ModelError, match="tied to the table of embeddings cannot train without changing"):
+            run(recipe, command="test")
+        assert not Path(str(recipe.output)).exists()
+        return
     record = run(recipe, command="test", announce=told.append)
     assert record.method == method
     assert record.training.steps == 4
@@ -76,7 +87,9 @@ def test_a_method_runs_is_scored_again_and_is_what_was_estimated(work: Path, met
     expected, found = count(question.shape, question.spec), record.parameters
     assert found.trainable == expected.trainable > 0
     assert (found.head, found.gates, found.ranges) == (expected.head, expected.gates, expected.ranges)
-    assert found.total == base_parameters(question.shape) + expected.trainable - expected.head
+    beside = expected.trainable - expected.head - expected.base
+    assert found.base == expected.base
+    assert found.total == base_parameters(question.shape) + beside
     narrow = {weight.bits for weight in record.costs.weights if weight.operand == "W0"}
     assert (4 in narrow) == (method in FOUR_BIT)
     assert any("paged states exist on CUDA alone" in line for line in told) == (method in FOUR_BIT)
@@ -93,7 +106,10 @@ class _StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", ["dora", "qlora", "mora", "qsbora", "dylora", "houlsby", "prefix", "prompt"])
+RESUMED = ["dora", "qlora", "mora", "qsbora", "dylora", "adalora", "houlsby", "prefix", "prompt"]
+
+
+@pytest.mark.parametrize("method", [*RESUMED, "full", "top-layer", "feature-based"])
 def test_a_run_that_is_resumed_ends_as_one_that_was_not(work: Path, method: str) -> None:
     whole = run(_recipe(work, method, output=f"{method}-whole"), command="test")
     broken = _recipe(work, method, output=f"{method}-broken")
@@ -131,3 +147,40 @@ def test_a_prompt_does_not_suit_a_decoder_s_classifier(work: Path) -> None:
     recipe = _recipe(work, "prompt", f"model={work / 'decoder'}", output="refused")
     with pytest.raises(ModelError, match="cannot tell from padding"):
         run(recipe, command="test")
+
+
+def test_adalora_ends_with_the_mean_rank_that_was_asked_for(work: Path) -> None:
+    changes = ["adapter.r=2", "adapter.adalora.initial_rank=4", "adapter.alpha=6"]
+    record = run(_recipe(work, "adalora", *changes, output="ranks-left"), command="test")
+    assert sum(module.rank for module in record.modules) == 2 * len(record.modules)
+    assert {module.max_rank for module in record.modules} == {4}
+    saved = json.loads((work / "ranks-left" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (saved["init_r"], saved["target_r"], saved["total_step"]) == (4, 2, 4)
+    assert saved["lora_alpha"] / saved["init_r"] == 6 / 2
+    assert sum(sum(kept) for kept in saved["rank_pattern"].values()) == 2 * len(record.modules)
+
+
+def test_a_run_that_was_cut_behind_its_last_step_is_finished(work: Path) -> None:
+    for method in ("adalora", "full"):
+        whole = run(_recipe(work, method, output=f"{method}-to-the-end"), command="test")
+        recipe = _recipe(work, method, output=f"{method}-cut-at-the-end")
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, command="test", callbacks=[_StopAt(4)])
+        finished = run(recipe, command="test")
+        assert finished.scores == whole.scores
+        assert finished.modules == whole.modules
+
+
+def test_a_whole_model_is_saved_for_other_tools(work: Path) -> None:
+    recipe = _recipe(work, "top-layer", output="whole")
+    run(recipe, command="test")
+    assert not (work / "whole" / "adapter").exists()
+    model = AutoModelForSequenceClassification.from_pretrained(work / "whole" / "model")
+    assert AutoTokenizer.from_pretrained(work / "whole" / "model")("a film")["input_ids"]
+    before = AutoModel.from_pretrained(work / "encoder").state_dict()
+    moved = {name for name, tensor in model.bert.state_dict().items() if not tensor.equal(before[name])}
+    assert moved
+    assert all(name.startswith("encoder.layer.1.") for name in moved), moved
+    (work / "whole" / "model" / "model.safetensors").unlink()
+    with pytest.raises(RunFolderError, match="cannot be loaded"):
+        evaluate(work / "whole")
