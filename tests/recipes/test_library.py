@@ -20,6 +20,7 @@ PAPER = {
 DECODER = ("gsm8k", "e2e_nlg")
 BUDGET = ("stsb", "mrpc", "sst2", "cola", "rte")
 LETTER = ("stsb", "mrpc")
+METHODS = ("adalora", "full", "top-layer", "feature-based")
 MODELS = {"minilm": "minilm", "deberta-v3-base": "microsoft/deberta-v3-base"}
 
 
@@ -34,7 +35,21 @@ def test_every_recipe_is_valid_with_both_methods(name: str, method: str):
 def test_the_library_holds_the_quickstart_glue_for_both_encoders_and_the_decoder():
     glue = {f"glue/{model}/{task}" for model in MODELS for task in GLUE}
     glue |= {f"glue/minilm-budget/{task}" for task in BUDGET} | {f"glue/minilm-paper/{task}" for task in LETTER}
-    assert set(shipped.names()) == {"quickstart", *glue, *(f"{task}-smollm2" for task in DECODER)}
+    assert set(shipped.names()) == {
+        "quickstart",
+        *glue,
+        *(f"{task}-smollm2" for task in DECODER),
+        *(f"methods/{method}" for method in METHODS),
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recipes_of_methods_differ_from_the_quickstart_in_little(method: str):
+    recipe, quickstart = load(f"methods/{method}"), load("quickstart")
+    assert recipe.method == method
+    assert (recipe.task, recipe.model, recipe.gates) == (quickstart.task, quickstart.model, quickstart.gates)
+    training = recipe.training.model_copy(update={"learning_rate": quickstart.training.learning_rate})
+    assert training == quickstart.training
 
 
 @pytest.mark.parametrize("task", BUDGET)
