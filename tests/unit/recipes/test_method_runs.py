@@ -20,6 +20,8 @@ from rankbits.recipes.schema import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 FOUR_BIT = ("qlora", "qdora", "qsbora")
+QUICK = ("mora", "prompt")
+"""Run by `make test`; each of the others takes some seconds too."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,9 @@ def _recipe(work: Path, method: str, *changes: str, decoder: bool = False, outpu
     return load("quickstart", [*place, *small, *changes])
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in method_names()]
+)
 @pytest.mark.parametrize("decoder", [False, True], ids=["encoder", "decoder"])
 def test_a_method_runs_is_scored_again_and_is_what_was_estimated(work: Path, method: str, decoder: bool) -> None:
     recipe, told = _recipe(work, method, decoder=decoder), []
@@ -93,6 +97,7 @@ class _StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dora", "qlora", "mora", "qsbora", "dylora", "houlsby", "prefix", "prompt"])
 def test_a_run_that_is_resumed_ends_as_one_that_was_not(work: Path, method: str) -> None:
     whole = run(_recipe(work, method, output=f"{method}-whole"), command="test")
