@@ -22,6 +22,7 @@ from rankbits.embedded import locate
 from rankbits.errors import ModelError
 from rankbits.recipes.catalogue import EMBEDDED_MODELS
 from rankbits.recipes.converted import converted_folder
+from rankbits.recipes.four_bits import avoid_partial_blocks
 from rankbits.tasks import Task
 
 EMBEDDED = {model.name: model.file for model in EMBEDDED_MODELS}
@@ -130,6 +131,7 @@ def _load_weights(
         loaded, found = _loaded(load, model, "weights", dtype=torch.float32, output_loading_info=True, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
+    avoid_partial_blocks(loaded)
     return cast(PreTrainedModel, loaded), found
 
 

@@ -26,6 +26,8 @@ from rankbits.recipes.schema import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 FOUR_BIT = ("qlora", "qdora", "qsbora")
+QUICK = ("mora", "prompt")
+"""Run by `make test`; each of the others takes some seconds too."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,9 @@ def _recipe(work: Path, method: str, *changes: str, decoder: bool = False, outpu
     return load("quickstart", [*place, *small, *changes])
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in method_names()]
+)
 @pytest.mark.parametrize("decoder", [False, True], ids=["encoder", "decoder"])
 def test_a_method_runs_is_scored_again_and_is_what_was_estimated(work: Path, method: str, decoder: bool) -> None:
     recipe, told = _recipe(work, method, decoder=decoder), []
@@ -109,6 +113,7 @@ class _StopAt(TrainerCallback):
 RESUMED = ["dora", "qlora", "mora", "qsbora", "dylora", "adalora", "houlsby", "prefix", "prompt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*RESUMED, "full", "top-layer", "feature-based"])
 def test_a_run_that_is_resumed_ends_as_one_that_was_not(work: Path, method: str) -> None:
     whole = run(_recipe(work, method, output=f"{method}-whole"), command="test")
@@ -149,6 +154,7 @@ def test_a_prompt_does_not_suit_a_decoder_s_classifier(work: Path) -> None:
         run(recipe, command="test")
 
 
+@pytest.mark.slow
 def test_adalora_ends_with_the_mean_rank_that_was_asked_for(work: Path) -> None:
     changes = ["adapter.r=2", "adapter.adalora.initial_rank=4", "adapter.alpha=6"]
     record = run(_recipe(work, "adalora", *changes, output="ranks-left"), command="test")
@@ -160,6 +166,7 @@ def test_adalora_ends_with_the_mean_rank_that_was_asked_for(work: Path) -> None:
     assert sum(sum(kept) for kept in saved["rank_pattern"].values()) == 2 * len(record.modules)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_behind_its_last_step_is_finished(work: Path) -> None:
     for method in ("adalora", "full"):
         whole = run(_recipe(work, method, output=f"{method}-to-the-end"), command="test")
@@ -171,6 +178,7 @@ def test_a_run_that_was_cut_behind_its_last_step_is_finished(work: Path) -> None
         assert finished.modules == whole.modules
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_saved_for_other_tools(work: Path) -> None:
     recipe = _recipe(work, "top-layer", output="whole")
     run(recipe, command="test")
