@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rankbits.accounting.measure import cost as cost
     from rankbits.export.write import export as export
     from rankbits.reports.cost_table import cost_table as cost_table
+    from rankbits.training.adalora_callback import AdaloraCallback as AdaloraCallback
+    from rankbits.training.adalora_schedule import AdaloraSchedule as AdaloraSchedule
     from rankbits.training.callback import RankbitsCallback as RankbitsCallback
     from rankbits.training.groups import optimizer_and_scheduler as optimizer_and_scheduler
     from rankbits.training.objective import regularization_loss as regularization_loss
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AdaloraCallback": "rankbits.training.adalora_callback",
+    "AdaloraSchedule": "rankbits.training.adalora_schedule",
     "BayesianLoraConfig": "rankbits.tuners.bayesian_lora",
     "BottleneckConfig": "rankbits.tuners.bottleneck",
     "Budget": "rankbits.accounting.budget",
@@ -59,6 +63,8 @@ _PUBLIC = {
     "summary": "rankbits.tuners.bayesian_lora.summary",
 }
 __all__ = [
+    "AdaloraCallback",
+    "AdaloraSchedule",
     "BayesianLoraConfig",
     "BottleneckConfig",
     "Budget",

@@ -2,8 +2,12 @@
 
 import pytest
 
+from rankbits.accounting.params import count
+from rankbits.errors import ModelError
 from rankbits.recipes import shipped
+from rankbits.recipes.catalogue import method_names
 from rankbits.recipes.load import load
+from rankbits.recipes.question import from_recipe
 
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 # Bayesian-LoRA, table 3 (epochs) and table 4 (AdaLoRA's learning rates); alpha as in AdaLoRA's scripts.
@@ -24,17 +28,34 @@ MODELS = {"minilm": "minilm", "deberta-v3-base": "microsoft/deberta-v3-base"}
 
 
 @pytest.mark.parametrize("name", shipped.names())
-@pytest.mark.parametrize("method", ["bayesian-lora", "lora"])
-def test_every_recipe_is_valid_with_both_methods(name: str, method: str):
-    recipe = load(name, [f"method={method}"])
+@pytest.mark.parametrize("method", method_names())
+def test_every_recipe_is_valid_with_every_method(name: str, method: str):
+    # Nothing but Bayesian-LoRA learns until a budget is met.
+    recipe = load(name, [f"method={method}", *(["gates.budget=null"] if method != "bayesian-lora" else [])])
     assert recipe.name == name
     assert recipe.description
 
 
-def test_the_library_holds_the_quickstart_glue_for_both_encoders_and_the_decoder():
+@pytest.mark.parametrize("name", [name for name in shipped.names() if name.startswith("methods/")])
+def test_a_recipe_of_a_method_is_named_after_it_and_runs_on_the_decoder_too(name: str):
+    recipe = load(name)
+    assert (name, recipe.output) == (f"methods/{recipe.method}", f"runs/{name}")
+    assert (recipe.model, recipe.task.name, recipe.task.data) == ("minilm", "film-reviews", None)
+    assert recipe.adapter.targets in (None, "all-linear")
+    assert recipe.adapter.modules_to_save is None
+    question = from_recipe(load(name, ["task.name=e2e_nlg", "model=smollm2"]))
+    if recipe.method == "feature-based":
+        with pytest.raises(ModelError, match="it is the table of embeddings"):
+            count(question.shape, question.spec)
+        return
+    assert count(question.shape, question.spec).trainable > 0
+
+
+def test_the_library_holds_the_quickstart_glue_for_both_encoders_the_decoder_and_every_method():
     glue = {f"glue/{model}/{task}" for model in MODELS for task in GLUE}
     glue |= {f"glue/minilm-budget/{task}" for task in BUDGET} | {f"glue/minilm-paper/{task}" for task in LETTER}
-    assert set(shipped.names()) == {"quickstart", *glue, *(f"{task}-smollm2" for task in DECODER)}
+    methods = {f"methods/{name}" for name in method_names() if name != "bayesian-lora"}
+    assert set(shipped.names()) == {"quickstart", *glue, *methods, *(f"{task}-smollm2" for task in DECODER)}
 
 
 @pytest.mark.parametrize("task", BUDGET)

@@ -15,9 +15,11 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 from rankbits import MoraConfig, cost
 from rankbits.accounting.architectures.read import Head, find_config, read_shape
 from rankbits.accounting.methods import adapter_elements, adapter_products
+from rankbits.accounting.mora import BLOCKWISE, mora_side
 from rankbits.accounting.params import count
-from rankbits.accounting.spec import Linear, Method, MethodSpec
+from rankbits.accounting.spec import Linear, Method, MethodSpec, MoraForm
 from rankbits.accounting.weights import adapter_sizes
+from rankbits.tuners.mora import MoraType
 
 # PEFT asks transformers for a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -85,6 +87,23 @@ def test_macs_of_a_live_layer(d_in: int, d_out: int, r: int, kind: str) -> None:
     assert counter.get_total_flops() == 2 * (ROWS * d_in * d_out + sum(product.macs for product in products))
     compressed = next(work.elements for work in adapter_elements(linear, spec, ROWS) if work.op == "compress")
     assert compressed == products[0].m * products[0].k
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in MoraType])
+@pytest.mark.parametrize("rounding", ["nearest", "floor"])
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize(("d_in", "d_out"), [(48, 80), (172, 64)])
+def test_macs_and_parameters_of_every_type(kind: str, rounding: str, fold: bool, d_in: int, d_out: int) -> None:
+    fold = fold and kind in BLOCKWISE
+    config = MoraConfig(r=3, mora_type=kind, rounding=rounding, fold=fold, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(d_in, d_out)), config)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(ROWS, d_in))
+    form = MoraForm(kind, floor=rounding == "floor", fold=fold)
+    spec, linear = MethodSpec(Method.MORA, rank=3, mora=form), Linear("0", d_in, d_out)
+    products = adapter_products(linear, spec, ROWS)
+    assert counter.get_total_flops() == 2 * (ROWS * d_in * d_out + sum(product.macs for product in products))
+    assert mora_side(linear, spec) ** 2 == _trained(model)
 
 
 def test_the_live_count_names_the_product_and_the_matrix() -> None:

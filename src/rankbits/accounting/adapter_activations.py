@@ -7,11 +7,9 @@ from rankbits.accounting.methods import (
     FIXED_DOWN,
     FIXED_UP,
     LOW_RANK,
-    ROTATION_BELOW,
     WITH_MAGNITUDE,
-    mora_blocks,
-    mora_side,
 )
+from rankbits.accounting.mora import ROTATION, mora_blocks, mora_kind, mora_side
 from rankbits.accounting.quantizers import GATES_PER_QUANTIZER, HEAD_SITES, Owned, ranges
 from rankbits.accounting.settings import TrainingSettings
 from rankbits.accounting.spec import Linear, Method, MethodSpec
@@ -52,9 +50,9 @@ def keep_adapter(
     if spec.method is Method.BAYESIAN_LORA:
         _keep_bayesian(ledger, linear, spec, own, rows, settings, carries=carries)
     elif spec.method is Method.MORA:
-        squeezed = mora_blocks(linear, spec.rank) * mora_side(linear, spec.rank) * width
+        squeezed = mora_blocks(linear, spec) * mora_side(linear, spec) * width
         ledger.keep(rows * squeezed)
-        if carries and spec.rank < ROTATION_BELOW:
+        if carries and mora_kind(spec) == ROTATION:
             ledger.keep(squeezed)  # sines and cosines, through which the input's gradient goes back
         ledger.write(rows * squeezed, rows * squeezed, output, output)
     elif spec.method in FIXED_UP:

@@ -20,7 +20,7 @@ BYTES = {"I64": 8, "F32": 4, "BF16": 2, "F16": 2, "BOOL": 1}
 ORDER = tuple(BYTES)
 """safetensors puts wide types first, and orders names within a type."""
 PEFT_STEM = "base_model.model."
-EXACT = frozenset({Method.LORA, Method.QLORA, Method.BAYESIAN_LORA})
+EXACT = frozenset({Method.LORA, Method.RSLORA, Method.QLORA, Method.BAYESIAN_LORA})
 
 
 @dataclass(frozen=True, slots=True)

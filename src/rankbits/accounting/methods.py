@@ -8,14 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isqrt
 
+from rankbits.accounting.mora import mora_blocks, mora_side
 from rankbits.accounting.spec import Activation, Attention, Linear, Method, MethodSpec, ModelShape, Rows
 from rankbits.errors import ModelError
 from rankbits.records import ElementWork, Product
 
 LOW_RANK = frozenset(
-    {Method.LORA, Method.ADALORA, Method.DYLORA, Method.QLORA, Method.DORA, Method.QDORA, Method.BAYESIAN_LORA}
+    {
+        Method.LORA,
+        Method.RSLORA,
+        Method.ADALORA,
+        Method.DYLORA,
+        Method.QLORA,
+        Method.DORA,
+        Method.QDORA,
+        Method.BAYESIAN_LORA,
+    }
 )
 """Methods with both matrices, A to the rank and B from it."""
 WITH_DIAGONAL = frozenset({Method.ADALORA, Method.BAYESIAN_LORA})
@@ -29,8 +38,6 @@ ON_LINEARS = LOW_RANK | FIXED_DOWN | FIXED_UP | {Method.MORA}
 """Methods that adapt single linear layers, which `targets` names."""
 UNMERGEABLE = BOTTLENECKS | {Method.PREFIX, Method.PROMPT}
 
-ROTATION_BELOW = 64
-"""MoRA rotates below this rank and shares groups from it on."""
 BOTTLENECK_FRACTIONS = {Method.HOULSBY: 16, Method.PFEIFFER: 16, Method.PARALLEL: 2}
 """A bottleneck is this many times narrower than the residual stream, if no width is given."""
 
@@ -61,36 +68,6 @@ def extra_tokens(spec: MethodSpec) -> int:
 def active_rank(linear: Linear, spec: MethodSpec) -> int:
     """The rank that runs in a layer: the learned, pruned or chosen one, else the allocated one."""
     return spec.ranks.get(linear.name, spec.rank)
-
-
-def mora_side(linear: Linear, rank: int) -> int:
-    """Side of MoRA's square matrix: floor(sqrt(r (d_in + d_out)) + 1/2), made even where it rotates.
-
-    Jiang et al. 2024, with the rounding of their code.
-
-    Raises:
-        ModelError: the matrix would be larger than the layer.
-    """
-    # floor(sqrt(a) + 1/2) = floor((floor(sqrt(4 a)) + 1) / 2), in integers alone.
-    side = (isqrt(4 * rank * (linear.d_in + linear.d_out)) + 1) // 2
-    if rank < ROTATION_BELOW:
-        side -= side % 2
-    if side > min(linear.d_in, linear.d_out):
-        raise ModelError(
-            f"rank {rank}: MoRA's matrix in {linear.name} would have side {side}, expected at most "
-            f"{min(linear.d_in, linear.d_out)}, the smaller side of its [{linear.d_out}, {linear.d_in}] weight"
-        )
-    return side
-
-
-def mora_blocks(linear: Linear, rank: int) -> int:
-    """Blocks of one input row that MoRA's matrix multiplies: where it rotates, those that reach an output; else 1.
-
-    Raises:
-        ModelError: the matrix would be larger than the layer.
-    """
-    side = mora_side(linear, rank)
-    return -(-min(linear.d_in, linear.d_out) // side) if rank < ROTATION_BELOW else 1
 
 
 def adapter_products(
@@ -143,8 +120,8 @@ def _shapes(
         yield "lora_merge", "B", "A", (d_out, rank, d_in), True
         return
     if spec.method is Method.MORA:
-        side = mora_side(linear, spec.rank)
-        yield "mora", "c", "M", (rows * mora_blocks(linear, spec.rank), side, side), constant
+        side = mora_side(linear, spec)
+        yield "mora", "c", "M", (rows * mora_blocks(linear, spec), side, side), constant
     if spec.method in LOW_RANK or spec.method in FIXED_UP:
         yield "lora_down", "x", "A", (rows, d_in, rank), constant
     if spec.method in LOW_RANK:
@@ -179,8 +156,8 @@ def adapter_elements(linear: Linear, spec: MethodSpec, rows: int) -> list[Elemen
         work["adapter_scale"] += rows * d_out
         work["weight_norm"] = d_in * d_out
     if spec.method is Method.MORA:
-        side = mora_side(linear, spec.rank)
-        squeezed = rows * mora_blocks(linear, spec.rank) * side
+        side = mora_side(linear, spec)
+        squeezed = rows * mora_blocks(linear, spec) * side
         work = {"compress": squeezed, "expand": rows * d_out, "adapter_add": rows * d_out}
     return [ElementWork(module=linear.name, op=op, elements=elements) for op, elements in work.items()]
 

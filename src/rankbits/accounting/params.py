@@ -15,8 +15,8 @@ from rankbits.accounting.methods import (
     WITH_MAGNITUDE,
     adapted_ends,
     bottleneck_width,
-    mora_side,
 )
+from rankbits.accounting.mora import mora_side
 from rankbits.accounting.quantizers import (
     GATES_PER_QUANTIZER,
     HEAD_SITES,
@@ -27,7 +27,7 @@ from rankbits.accounting.quantizers import (
     sites_of,
 )
 from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Part, Rows, Table
-from rankbits.accounting.trained import NOT_ALL_LINEAR, inside, is_head, top_blocks
+from rankbits.accounting.trained import NOT_ALL_LINEAR, above_body, inside, is_head, top_blocks
 from rankbits.errors import ModelError
 
 
@@ -115,7 +115,7 @@ def layer_count(linear: Linear, spec: MethodSpec, own: Owned) -> ParameterCount:
     rank, d_in, d_out = spec.rank, linear.d_in, linear.d_out
     _check_rank(linear, spec)
     if spec.method is Method.MORA:
-        return ParameterCount(adapter=mora_side(linear, rank) ** 2)
+        return ParameterCount(adapter=mora_side(linear, spec) ** 2)
     if spec.method in FIXED_DOWN:
         return ParameterCount(adapter=rank * d_out, stored_indices=rank)
     if spec.method in FIXED_UP:
@@ -281,10 +281,12 @@ def _parameters_of(shape: ModelShape, modules: Sequence[str]) -> int:
 
 
 def _head(shape: ModelShape, spec: MethodSpec) -> int:
-    heads = [linear for linear in shape.linears() if is_head(linear)]
-    if not heads:
+    heads = [part for part in shape.parts if inside(part.name, above_body(shape))]
+    is_tied = any(is_head(linear) and linear.tied_to is not None for linear in shape.linears())
+    if not heads and not (is_tied and spec.method is Method.TOP_LAYER):
         raise ModelError(
-            f"{spec.method.value} trains the head, which {shape.name} does not have: count it with a head, or name "
-            "modules in trained_in_full"
+            f"{spec.method.value} trains the head, which {shape.name} does not have"
+            f"{' for itself: it is the table of embeddings' if is_tied else ': count it with a head'}, or name modules "
+            "in trained_in_full"
         )
     return _elements(heads, tied_is_free=False)

@@ -15,8 +15,8 @@ from rankbits.accounting.methods import (
     adapted_ends,
     bottleneck_width,
     can_merge,
-    mora_side,
 )
+from rankbits.accounting.mora import mora_side
 from rankbits.accounting.params import count, quantized_heads, targeted
 from rankbits.accounting.quantizers import Owned, kept_activations, owned, ranges
 from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Table
@@ -110,7 +110,7 @@ def _adapter(linear: Linear, spec: MethodSpec, floats: int) -> Iterator[WeightRe
     if method in {Method.DORA, Method.QDORA}:
         sizes.append(("magnitude", linear.d_out, ""))
     if method is Method.MORA:
-        sizes.append(("M", mora_side(linear, spec.rank) ** 2, ""))
+        sizes.append(("M", mora_side(linear, spec) ** 2, ""))
     for operand, size, site in sizes:
         yield _tensor(linear, operand, size, site, spec, floats).model_copy(update={"adapter": "default"})
     if method in FIXED_DOWN | FIXED_UP:

@@ -179,10 +179,11 @@ class Method(str, Enum):
     FEATURE_BASED = "feature-based"
     HOULSBY = "houlsby"
     PFEIFFER = "pfeiffer"
-    PARALLEL = "parallel-adapter"
-    PREFIX = "prefix-tuning"
-    PROMPT = "prompt-tuning"
+    PARALLEL = "parallel"
+    PREFIX = "prefix"
+    PROMPT = "prompt"
     LORA = "lora"
+    RSLORA = "rslora"
     ADALORA = "adalora"
     DYLORA = "dylora"
     QLORA = "qlora"
@@ -214,6 +215,22 @@ class Granularity(str, Enum):
     GROUP = "group"
 
 
+@dataclass(frozen=True, slots=True)
+class MoraForm:
+    """What decides the side of MoRA's matrix and how often it runs (Jiang et al. 2024, section 4).
+
+    Args:
+        kind: what compresses and decompresses, by the names that recipes use; None is rotation below rank 64 and
+            sharing from it on.
+        floor: round the side down instead of to the nearest integer.
+        fold: blockwise kinds multiply blocks whose results lie beyond the outputs, too.
+    """
+
+    kind: str | None = None
+    floor: bool = False
+    fold: bool = False
+
+
 @dataclass(frozen=True)
 class MethodSpec:
     """One method with the sizes that decide its cost.
@@ -238,6 +255,7 @@ class MethodSpec:
         quantize_head: linear layers that are trained in full have quantizers for weight and input (Bayesian-LoRA).
         weight_gradient_rows: rows of a batch that the gradient of the weight's gates and ranges is estimated from; None
             is all of them (Bayesian-LoRA).
+        mora: how MoRA compresses.
         width: bottleneck width, or None for the method's usual fraction of the hidden size.
         virtual_tokens: length of a prefix or prompt.
         trained_in_full: last names of modules trained and saved in full, such as a classifier.
@@ -259,6 +277,7 @@ class MethodSpec:
     quantize_attention: bool = False
     quantize_head: bool = False
     weight_gradient_rows: int | None = None
+    mora: MoraForm = MoraForm()
     width: int | None = None
     virtual_tokens: int = 20
     trained_in_full: tuple[str, ...] = ()

@@ -30,7 +30,7 @@ def trained_in_full(shape: ModelShape, spec: MethodSpec) -> frozenset[str]:
         return frozenset(part.name for part in shape.parts)
     chosen = {part.name for part in shape.parts if inside(part.name, spec.trained_in_full)}
     if spec.method in {Method.TOP_LAYER, Method.FEATURE_BASED} and not chosen:
-        chosen = {part.name for part in shape.linears() if is_head(part)}
+        chosen = {part.name for part in shape.parts if inside(part.name, above_body(shape))}
     if spec.method is Method.TOP_LAYER:
         chosen |= {part.name for part in top_blocks(shape, spec.layers)}
     return frozenset(chosen)
@@ -55,6 +55,21 @@ def block_of(part: Part) -> tuple[str, int] | None:
     """The stack's name and the number of the block a part lies in; None outside blocks."""
     match = _BLOCK.match(part.name)
     return (match.group(1), int(match.group(2))) if match else None
+
+
+def above_body(shape: ModelShape) -> tuple[str, ...]:
+    """Names of the modules that stand on the body: a classifier with what belongs to it, or a language model's head.
+
+    A pooler is part of BERT's body, which is pre-trained with it, and not of DeBERTa's, where it is as new as the
+    classifier. A head that is tied to the table of embeddings belongs to the body.
+    """
+    numbered = [(index, part) for index, part in enumerate(shape.parts) if block_of(part) is not None]
+    if not numbered or not any(is_head(linear) for linear in shape.linears()):
+        return ()
+    last, block = numbered[-1]
+    tied = {linear.name for linear in shape.linears() if linear.tied_to is not None}
+    firsts = [part.name.partition(".")[0] for part in shape.parts[last + 1 :] if part.name not in tied]
+    return tuple(dict.fromkeys(first for first in firsts if first != block.name.partition(".")[0]))
 
 
 def inside(name: str, modules: Sequence[str]) -> bool:

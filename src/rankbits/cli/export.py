@@ -20,11 +20,15 @@ PROBE = "What was exported has to compute what was trained."
 
 def export(run: RunFolder, to: To, output: Output = None) -> None:
     """Write a finished run as a plain LoRA adapter or as a merged model, reload it, and compare what both compute."""
+    from peft import PeftModel
+
     from rankbits.cli.running import quiet_libraries
+    from rankbits.errors import ExportError
     from rankbits.export.folder import refuse_taken
     from rankbits.export.format import format_of
     from rankbits.export.write import export as write
     from rankbits.recipes.finished import load_finished
+    from rankbits.recipes.run_folder import MODEL_FOLDER
 
     quiet_libraries()
     path = run / to if output is None else output
@@ -32,6 +36,11 @@ def export(run: RunFolder, to: To, output: Output = None) -> None:
     format_of(path, to)
     refuse_taken(path)
     finished = load_finished(run)
+    if not isinstance(finished.model, PeftModel):
+        raise ExportError(
+            f"{run} was fine-tuned without adapters ({finished.recipe.method}): {run / MODEL_FOLDER} holds the whole "
+            "model, which transformers loads as it is"
+        )
     tokens = dict(finished.tokenizer(PROBE, return_tensors="pt"))
     exported = write(finished.model, path, to, example_inputs=tokens)
     finished.tokenizer.save_pretrained(str(path))

@@ -33,7 +33,8 @@ def _methods() -> list[str]:
     from rankbits.recipes.catalogue import METHODS
 
     return [
-        f"{method.name}\n  trains: {method.trains}\n  learns: {method.learns}\n  paper:  {method.paper}"
+        f"{method.name}\n  trains:  {method.trains}\n  learns:  {method.learns}\n  merges:  {method.merges}\n"
+        f"  exports: {method.exports}\n  paper:   {method.paper}"
         for method in METHODS
     ]
 

@@ -9,19 +9,24 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
+from rankbits.recipes.freezing import trained_parameters
 from rankbits.records import BudgetRecord, ModuleRecord, ParameterRecord
 from rankbits.training.callback import RankbitsCallback
 from rankbits.tuners.bayesian_lora import LayerSummary
+from rankbits.tuners.dylora import DyloraLinear
+from rankbits.tuners.sbora import SboraLinear
 
-PACKAGES = ("rankbits", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+PACKAGES = ("rankbits", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "bitsandbytes")
 GATE_MARKS = ("bayesian_lora_gates", "head_gates")
 RANGE_MARKS = ("bayesian_lora_quantizers", "head_quantizers")
 
@@ -72,19 +77,30 @@ def _largest_resident_set() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def parameters(model: PeftModel) -> ParameterRecord:
+def parameters(model: PeftModel | PreTrainedModel) -> ParameterRecord:
     """Numbers of parameters of a model in training, before hardening.
 
-    `adapter` counts the matrices of the update (A, E, B); gates and ranges are what Bayesian-LoRA adds to them.
+    `adapter` counts the matrices of the update (A, E, B); gates and ranges are what Bayesian-LoRA adds to them; `base`
+    are weights of the model itself, where they train.
     """
+    if not isinstance(model, PeftModel):
+        return trained_parameters(model)
     counts = {"adapter": 0, "gates": 0, "ranges": 0, "head": 0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            counts[_part(name)] += parameter.numel()
+            counts[_part(name)] += _numbers(parameter)
     # A module that is trained in full is there twice: trained, and as it was.
-    originals = sum(p.numel() for name, p in model.named_parameters() if ".original_module." in name)
-    total = sum(p.numel() for p in model.parameters()) - originals
+    # AdaLoRA's ranknum is a setting that PEFT keeps as a parameter.
+    uncounted = (".original_module.", ".ranknum.")
+    originals = sum(_numbers(p) for name, p in model.named_parameters() if any(mark in name for mark in uncounted))
+    total = sum(_numbers(p) for p in model.parameters()) - originals
     return ParameterRecord(trainable=sum(counts.values()), total=total, **counts)
+
+
+def _numbers(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter holds: bitsandbytes packs two codes of 4 bits into each byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else prod(state.shape)
 
 
 def _part(name: str) -> str:
@@ -96,21 +112,30 @@ def _part(name: str) -> str:
 
 
 def learned(model: nn.Module, summaries: list[LayerSummary]) -> list[ModuleRecord]:
-    """One entry per adapted matrix, from the gates as they were before hardening or LoRA's fixed rank.
+    """One entry per adapted matrix: from the gates as they were before hardening, or its fixed rank.
 
-    Quantized matrices of heads are listed beside them.
+    Quantized matrices of heads are listed beside them. Methods whose update is no low-rank product (MoRA, bottlenecks,
+    prefix, prompt) have no entries.
 
     Args:
         model: the model, for methods without gates.
         summaries: what `summarize` said before hardening; empty for methods without gates.
     """
     facts = [_learned(summary) for summary in summaries] or [
-        {"name": name, "rank": rank, "max_rank": rank}
+        {"name": name, "rank": rank, "max_rank": largest}
         for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
-        for rank in layer.r.values()
+        for rank, largest in _fixed_ranks(layer)
     ]
     return [ModuleRecord.model_validate({**fact, **_place(str(fact["name"]))}) for fact in facts]
+
+
+def _fixed_ranks(layer: nn.Module) -> Iterable[tuple[int, int]]:
+    """Rank and largest rank of each adapter of a layer whose update is a product of two matrices."""
+    if isinstance(layer, AdaLoraLayer):
+        return [(int(diagonal.count_nonzero()), layer.r[name]) for name, diagonal in layer.lora_E.items()]
+    if isinstance(layer, DyloraLinear):
+        return [(layer.evaluation_rank[name], largest) for name, largest in layer.r.items()]
+    return [(rank, rank) for rank in layer.r.values()] if isinstance(layer, LoraLayer | SboraLinear) else []
 
 
 def _learned(summary: LayerSummary) -> dict[str, object]:

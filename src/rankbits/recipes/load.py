@@ -17,6 +17,7 @@ from rankbits.errors import RecipeError
 from rankbits.recipes.problems import Problem, describe, is_absent, problems_of, value_at
 from rankbits.recipes.schema import Recipe
 from rankbits.recipes.shipped import RecipeFile, find, is_base, names
+from rankbits.recipes.suits import unsuited
 
 __all__ = ["load", "names", "resolved_yaml"]
 
@@ -35,7 +36,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe (by name) or a YAML file (by path), apply what it extends and the overrides, check it.
 
     A recipe without `name` takes its shipped name or its file's; one without `output` takes `runs/<name>`, with the
-    method appended for any other method than bayesian-lora.
+    method appended for any other method than bayesian-lora, unless the name ends in it.
 
     Raises:
         RecipeError: the recipe does not exist or is not valid; all problems are listed together.
@@ -72,12 +73,14 @@ def _check(
         found = problems_of(error, raw, complete=complete)
         problems += [replace(one, where=_where(one.key, layers)) for one in found if one.key not in known]
         return None
+    problems += [replace(one, where=_where(one.key, layers)) for one in unsuited(recipe)]
     return None if problems else recipe
 
 
 def _default_output(raw: Mapping[str, Any]) -> str:
-    method = raw.get("method", "bayesian-lora")
-    return f"runs/{raw['name']}" + ("" if method == "bayesian-lora" else f"-{method}")
+    name, method = str(raw["name"]), raw.get("method", "bayesian-lora")
+    told = method == "bayesian-lora" or method == name.rpartition("/")[2]
+    return f"runs/{name}" + ("" if told else f"-{method}")
 
 
 def _where(key: str, layers: Sequence[_Layer]) -> str:

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from torch import nn
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from rankbits.errors import ModelError
-from rankbits.recipes.schema import AdapterSection, Recipe
+from rankbits.recipes.freezing import Freezing, freeze
+from rankbits.recipes.models import resolve
+from rankbits.recipes.schema import Recipe
+from rankbits.recipes.sizes import bottleneck_width, initial_rank, sbora_variant
+from rankbits.recipes.targets import check_saved, check_targets
+from rankbits.recipes.trainer_parts import TrainerParts, allocated_ranks, drawn_ranks, learned_gates
+from rankbits.training.adalora_schedule import LEFT_OPEN, fix_ranks
 from rankbits.tuners.bayesian_lora import BayesianLoraConfig
+from rankbits.tuners.bottleneck import BottleneckConfig
+from rankbits.tuners.dylora import DyloraConfig
+from rankbits.tuners.mora import MoraConfig
+from rankbits.tuners.sbora import SboraConfig
+
+PROMPT_STARTS = {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB", "text": "TEXT"}
+"""PEFT's names for how a prompt starts."""
 
 
-def _bayesian_lora(adapter: AdapterSection) -> PeftConfig:
+def _bayesian_lora(recipe: Recipe, _model: PreTrainedModel) -> PeftConfig:
+    adapter = recipe.adapter
     return BayesianLoraConfig(
         r=adapter.r,
         alpha=adapter.alpha,
@@ -42,13 +65,114 @@ def _bayesian_lora(adapter: AdapterSection) -> PeftConfig:
     )
 
 
-def _lora(adapter: AdapterSection) -> PeftConfig:
+def _lora(recipe: Recipe, _model: PreTrainedModel, *, rslora: bool = False, dora: bool = False) -> PeftConfig:
+    adapter = recipe.adapter
     return LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
         lora_dropout=adapter.dropout,
         target_modules=adapter.targets,
         modules_to_save=_own(adapter.modules_to_save),
+        use_rslora=rslora,
+        use_dora=dora,
+    )
+
+
+def _mora(recipe: Recipe, _model: PreTrainedModel) -> PeftConfig:
+    adapter, own = recipe.adapter, recipe.adapter.mora
+    return MoraConfig(
+        r=adapter.r,
+        mora_type=own.type,
+        rounding=own.rounding,
+        fold=own.fold,
+        dropout=adapter.dropout,
+        target_modules=adapter.targets,
+        modules_to_save=_own(adapter.modules_to_save),
+    )
+
+
+def _sbora(recipe: Recipe, _model: PreTrainedModel) -> PeftConfig:
+    adapter, own = recipe.adapter, recipe.adapter.sbora
+    return SboraConfig(
+        r=adapter.r,
+        alpha=adapter.alpha,
+        variant=sbora_variant(recipe),
+        seed=own.seed,
+        disjoint=own.disjoint,
+        first=own.first,
+        dropout=adapter.dropout,
+        target_modules=adapter.targets,
+        modules_to_save=_own(adapter.modules_to_save),
+    )
+
+
+def _dylora(recipe: Recipe, _model: PreTrainedModel) -> PeftConfig:
+    adapter, own = recipe.adapter, recipe.adapter.dylora
+    return DyloraConfig(
+        r=adapter.r,
+        alpha=adapter.alpha,
+        train_mode=own.mode,
+        strict=own.strict,
+        evaluation_rank=own.evaluation_rank,
+        dropout=adapter.dropout,
+        target_modules=adapter.targets,
+        modules_to_save=_own(adapter.modules_to_save),
+    )
+
+
+def _adalora(recipe: Recipe, _model: PreTrainedModel) -> PeftConfig:
+    adapter, own = recipe.adapter, recipe.adapter.adalora
+    initial = initial_rank(recipe)
+    return AdaLoraConfig(
+        init_r=initial,
+        target_r=adapter.r,
+        # PEFT divides by the rank at the start, whatever ranks are left.
+        lora_alpha=adapter.alpha * initial / adapter.r,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        deltaT=own.interval,
+        total_step=LEFT_OPEN,
+        target_modules=adapter.targets,
+        modules_to_save=_own(adapter.modules_to_save),
+    )
+
+
+def _bottleneck(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+    adapter, own = recipe.adapter, recipe.adapter.bottleneck
+    return BottleneckConfig(
+        kind=recipe.method,
+        bottleneck_size=bottleneck_width(recipe, model.config.hidden_size),
+        non_linearity=own.non_linearity,
+        scaling=own.scaling,
+        init_weights=False if own.init == "random" else own.init,
+        dropout=adapter.dropout,
+        modules_to_save=_own(adapter.modules_to_save),
+    )
+
+
+def _prefix(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+    # A classifier of PEFT hands the prefix to the model below the head.
+    body = getattr(model, model.base_model_prefix, model)
+    if "past_key_values" not in inspect.signature(body.forward).parameters:
+        raise ValueError(f"its attention ({type(body).__name__}) takes no keys and values but those of its tokens")
+    return PrefixTuningConfig(
+        num_virtual_tokens=recipe.adapter.prefix.virtual_tokens,
+        modules_to_save=_own(recipe.adapter.modules_to_save),
+    )
+
+
+def _prompt(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+    own = recipe.adapter.prompt
+    if hasattr(model, "score"):
+        raise ValueError(
+            f"{type(model).__name__} reads the last token of each row, which it cannot tell from padding where tokens "
+            "are given as embeddings, as a prompt's are; expected an encoder for a task with labels"
+        )
+    return PromptTuningConfig(
+        num_virtual_tokens=own.virtual_tokens,
+        prompt_tuning_init=PROMPT_STARTS[own.init],
+        prompt_tuning_init_text=own.text,
+        tokenizer_name_or_path=resolve(recipe.model) if own.init == "text" else None,
+        modules_to_save=_own(recipe.adapter.modules_to_save),
     )
 
 
@@ -57,11 +181,51 @@ def _own(names: Sequence[str] | None) -> list[str] | None:
     return None if names is None else list(names)
 
 
-CONFIGS: dict[str, Callable[[AdapterSection], PeftConfig]] = {"bayesian-lora": _bayesian_lora, "lora": _lora}
+@dataclass(frozen=True)
+class Attachment:
+    """How one method comes into a model and into its training.
+
+    Args:
+        config: PEFT's configuration, from a recipe and the model that it is for; ValueError if it does not suit it.
+        training: what the Trainer needs besides, from the recipe, the adapted model and the number of steps; or None.
+        on_linears: whether it sits on the linear layers that `adapter.targets` names.
+        finish: what is done to the model once it is trained, or None.
+    """
+
+    config: Callable[[Recipe, PreTrainedModel], PeftConfig]
+    training: Callable[[Recipe, PeftModel, int], TrainerParts] | None = None
+    on_linears: bool = True
+    finish: Callable[[PeftModel], object] | None = None
 
 
-def attach(recipe: Recipe, model: PreTrainedModel, task_type: TaskType = TaskType.SEQ_CLS) -> PeftModel:
-    """Put the recipe's adapters into a model.
+METHODS: dict[str, Attachment] = {
+    "bayesian-lora": Attachment(_bayesian_lora, learned_gates),
+    "lora": Attachment(_lora),
+    "rslora": Attachment(partial(_lora, rslora=True)),
+    "dora": Attachment(partial(_lora, dora=True)),
+    "qlora": Attachment(_lora),
+    "qdora": Attachment(partial(_lora, dora=True)),
+    "mora": Attachment(_mora),
+    "sbora-fa": Attachment(_sbora),
+    "sbora-fb": Attachment(_sbora),
+    "qsbora": Attachment(_sbora),
+    "dylora": Attachment(_dylora, drawn_ranks),
+    "adalora": Attachment(_adalora, allocated_ranks, finish=fix_ranks),
+    "houlsby": Attachment(_bottleneck, on_linears=False),
+    "pfeiffer": Attachment(_bottleneck, on_linears=False),
+    "parallel": Attachment(_bottleneck, on_linears=False),
+    "prefix": Attachment(_prefix, on_linears=False),
+    "prompt": Attachment(_prompt, on_linears=False),
+}
+"""Methods that PEFT attaches. Whether their base is held in 4 bits is said in the catalogue."""
+WITHOUT_ADAPTERS: dict[str, Freezing] = {rule.value: rule for rule in Freezing}
+"""Methods that train weights of the model itself."""
+
+
+def attach(
+    recipe: Recipe, model: PreTrainedModel, task_type: TaskType = TaskType.SEQ_CLS
+) -> PeftModel | PreTrainedModel:
+    """Put the recipe's adapters into a model, or choose which of its own weights train.
 
     Args:
         recipe: its method and its adapter section are read.
@@ -69,63 +233,33 @@ def attach(recipe: Recipe, model: PreTrainedModel, task_type: TaskType = TaskTyp
         task_type: how PEFT wraps the model: by the head it has.
 
     Raises:
-        ModelError: the targets match nothing, match layers that cannot be adapted, or the configuration does not fit
-            the model.
+        ModelError: the targets match nothing, match layers that cannot be adapted, or the method does not suit the
+            model.
     """
-    check_targets(model, recipe.adapter)
+    check_saved(model, recipe.adapter.modules_to_save or ())
+    if recipe.method in WITHOUT_ADAPTERS:
+        adapter, rule = recipe.adapter, WITHOUT_ADAPTERS[recipe.method]
+        return freeze(model, rule, adapter.top_layer.layers, also=adapter.modules_to_save or ())
+    attachment = METHODS[recipe.method]
+    check_targets(model, recipe.adapter.targets if attachment.on_linears else None)
     try:
-        config = CONFIGS[recipe.method](recipe.adapter)
+        config = attachment.config(recipe, model)
         config.task_type = task_type
         return get_peft_model(model, config)
     except (ValueError, TypeError) as reason:
         raise ModelError(f"adapter: {recipe.method} cannot be attached to {recipe.model!r}: {reason}") from reason
 
 
-def check_targets(model: nn.Module, adapter: AdapterSection) -> None:
-    """Raise ModelError if a target matches no module, or one that is not linear, or if a saved module is unknown."""
-    modules = {name: module for name, module in model.named_modules() if name}
-    targets = adapter.targets
-    if targets is not None and targets != "all-linear":
-        _check_pattern(targets)
-        wanted = [targets] if isinstance(targets, str) else [[target] for target in targets]
-        _refuse_unmatched("targets", wanted, modules, sorted({_last(n) for n, m in modules.items() if _is_linear(m)}))
-        matched = {name: module for name, module in modules.items() if _matches(name, targets)}
-        wrong = [f"{name} ({type(module).__name__})" for name, module in matched.items() if not _is_linear(module)]
-        if wrong:
-            raise ModelError(
-                f"adapter.targets: {targets!r} matches {len(wrong)} module(s) that are not linear layers: "
-                f"{', '.join(wrong[:5])}; only torch.nn.Linear and transformers' Conv1D can be adapted"
-            )
-    saved = [[name] for name in adapter.modules_to_save or ()]
-    _refuse_unmatched("modules_to_save", saved, modules, sorted({_last(name) for name in modules}))
+def training_of(recipe: Recipe, model: PeftModel | PreTrainedModel, total_steps: int) -> TrainerParts:
+    """What a recipe's method brings to the Trainer. RecipeError if it does not suit the model or the run."""
+    prepare = METHODS[recipe.method].training if recipe.method in METHODS else None
+    if prepare is None or not isinstance(model, PeftModel):
+        return TrainerParts()
+    return prepare(recipe, model, total_steps)
 
 
-def _check_pattern(targets: list[str] | str) -> None:
-    try:
-        re.compile(targets if isinstance(targets, str) else "")
-    except re.error as reason:
-        raise ModelError(f"adapter.targets: {targets!r} is not a regular expression: {reason}") from reason
-
-
-def _refuse_unmatched(
-    key: str, wanted: Sequence[list[str] | str], modules: Mapping[str, nn.Module], known: list[str]
-) -> None:
-    missing = [target for target in wanted if not any(_matches(name, target) for name in modules)]
-    if missing:
-        named = ", ".join(repr(target if isinstance(target, str) else target[0]) for target in missing)
-        names = ", ".join(name for name in known if not name.isdigit())
-        raise ModelError(f"adapter.{key}: {named} matches no module of the model; it has {names}")
-
-
-def _last(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
-
-
-def _matches(name: str, targets: list[str] | str) -> bool:
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
+def finish(recipe: Recipe, model: PeftModel | PreTrainedModel) -> None:
+    """End the training of a method, after which what is left of it no longer changes."""
+    last = METHODS[recipe.method].finish if recipe.method in METHODS else None
+    if last is not None and isinstance(model, PeftModel):
+        last(model)

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging
@@ -21,6 +22,7 @@ from rankbits.embedded import locate
 from rankbits.errors import ModelError
 from rankbits.recipes.catalogue import EMBEDDED_MODELS
 from rankbits.recipes.converted import converted_folder
+from rankbits.recipes.four_bits import avoid_partial_blocks
 from rankbits.tasks import Task
 
 EMBEDDED = {model.name: model.file for model in EMBEDDED_MODELS}
@@ -55,22 +57,31 @@ def load_tokenizer(model: str) -> Any:
     return _loaded(AutoTokenizer.from_pretrained, model, "tokenizer")
 
 
-def load_model(model: str, task: Task) -> PreTrainedModel:
-    """The model with the head that a task needs, in float32.
+def load_model(model: str, task: Task, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+    """The model with the head that a task needs, in float32 or with linear layers in 4 bits.
+
+    Args:
+        model: as a recipe names it.
+        task: decides the head.
+        quantization: how the weights of linear layers are held; None leaves them in float32.
 
     Raises:
         AssetError, ModelError: the model cannot be found or loaded, or has no head for the task.
     """
-    return load_language_model(model) if task.kind == "completion" else load_classifier(model, task)
+    if task.kind == "completion":
+        return load_language_model(model, quantization)
+    return load_classifier(model, task, quantization)
 
 
-def load_language_model(model: str) -> PreTrainedModel:
-    """The model with the head it was pre-trained with, which predicts the next token, in float32.
+def load_language_model(model: str, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+    """The model with the head it was pre-trained with, which predicts the next token.
+
+    Arguments are those of `load_model`.
 
     Raises:
         AssetError, ModelError: the model cannot be found or loaded, or has no such head.
     """
-    loaded, found = _load_weights(AutoModelForCausalLM.from_pretrained, model)
+    loaded, found = _load_weights(AutoModelForCausalLM.from_pretrained, model, quantization)
     _refuse_missing(loaded, model, found["missing_keys"])
     missing = sorted(found["missing_keys"])
     if missing:
@@ -83,12 +94,13 @@ def load_language_model(model: str) -> PreTrainedModel:
     return loaded
 
 
-def load_classifier(model: str, task: Task) -> PreTrainedModel:
-    """The model with a fresh head for the task, in float32.
+def load_classifier(model: str, task: Task, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+    """The model with a fresh head for the task.
 
     Args:
         model: as a recipe names it.
         task: decides the size of the head and the kind of loss.
+        quantization: how the weights of linear layers are held; None leaves them in float32.
 
     Raises:
         AssetError, ModelError: the model cannot be found or loaded.
@@ -99,13 +111,19 @@ def load_classifier(model: str, task: Task) -> PreTrainedModel:
     if task.label_names:
         config.id2label = dict(enumerate(task.label_names))
         config.label2id = {name: number for number, name in config.id2label.items()}
-    loaded, found = _load_weights(AutoModelForSequenceClassification.from_pretrained, model, config=config)
+    loaded, found = _load_weights(
+        AutoModelForSequenceClassification.from_pretrained, model, quantization, config=config
+    )
     _refuse_missing(loaded, model, found["missing_keys"])
     return loaded
 
 
-def _load_weights(load: Any, model: str, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model in float32 and what transformers found in its files."""
+def _load_weights(
+    load: Any, model: str, quantization: BitsAndBytesConfig | None, **kwargs: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model, in float32 where it is not quantized, and what transformers found in its files."""
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
     # A classifier's head is fresh on purpose: transformers' table of missing head weights would alarm for nothing.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -113,6 +131,7 @@ def _load_weights(load: Any, model: str, **kwargs: Any) -> tuple[PreTrainedModel
         loaded, found = _loaded(load, model, "weights", dtype=torch.float32, output_loading_info=True, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
+    avoid_partial_blocks(loaded)
     return cast(PreTrainedModel, loaded), found
 
 

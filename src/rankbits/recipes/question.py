@@ -19,17 +19,17 @@ from rankbits.accounting.methods import BOTTLENECKS, ON_LINEARS
 from rankbits.accounting.params import check_attention, check_head, quantized_heads, targeted
 from rankbits.accounting.quantizers import HEAD_SITES, sites_of
 from rankbits.accounting.settings import Base, TrainingSettings
-from rankbits.accounting.spec import Granularity, Method, MethodSpec, ModelShape, Placement
+from rankbits.accounting.spec import Method, MethodSpec, ModelShape
 from rankbits.accounting.widths import FLOAT, FOUR_BIT_BASES
 from rankbits.embedded import locate
 from rankbits.errors import RecipeError
 from rankbits.recipes.catalogue import EMBEDDED_MODELS
+from rankbits.recipes.counted import base_of, grids_of, in_full_with, own_sites, spec_of, targets_of
+from rankbits.recipes.fields import STRICT, Count, Text
 from rankbits.recipes.problems import Problem, describe, problems_of
-from rankbits.recipes.schema import QUANTIZER_SITES, STRICT, AdapterSection, Count, QuantizerSite, Recipe, Text
+from rankbits.recipes.schema import QuantizerSite, Recipe
 from rankbits.records import CountOptions
 
-CLASSIFIERS = ("classifier", "score")
-"""Heads that PEFT trains in full, without being told, when it adapts a classifier of sequences."""
 NAMES = [method.value for method in Method]
 
 
@@ -175,23 +175,14 @@ def from_recipe(recipe: Recipe, budget: str | None = None) -> Question:
     shape = read_shape(config, name=recipe.model, head=head, num_labels=max(task.num_labels, 1))
     if "quantization_config" in config:
         raise _quantized_already(f"recipe {recipe.name}: {recipe.model}", "estimate the model by its own name, with")
-    adapter = recipe.adapter
-    method = Method(recipe.method)
-    spec = MethodSpec(
-        method,
-        rank=adapter.r,
-        targets=_targets(adapter.targets),
-        sites=_sites(method, adapter) if adapter.learn_bits else (),
-        learn_rank=adapter.learn_rank,
-        **_grids(adapter),
-        trained_in_full=_in_full(shape, adapter.modules_to_save or (), head),
-    )
+    spec = spec_of(recipe, shape, head)
     check_attention(shape, spec)
     check_head(shape, spec)
     settings = TrainingSettings(
         batch=recipe.training.batch_size,
         sequence_length=recipe.task.max_length,
         precision=recipe.training.precision,
+        base=base_of(recipe),
         checkpointing=recipe.training.gradient_checkpointing,
     )
     options = CountOptions(
@@ -228,13 +219,13 @@ def from_keys(model: str, overrides: Sequence[str], budget: str | None = None) -
     spec = MethodSpec(
         method,
         rank=keys.r,
-        targets=_targets(keys.targets),
-        sites=_sites(method, keys),
+        targets=targets_of(keys.targets),
+        sites=own_sites(method, keys),
         learn_rank=keys.learn_rank,
-        **_grids(keys),
+        **grids_of(keys),
         width=keys.width,
         virtual_tokens=keys.virtual_tokens,
-        trained_in_full=_in_full(shape, keys.modules_to_save, head),
+        trained_in_full=in_full_with(method, shape, keys.modules_to_save, head),
         layers=keys.layers,
     )
     check_attention(shape, spec)
@@ -329,41 +320,3 @@ def _quantized_already(what: str, advice: str) -> RecipeError:
         f"{what}: its files are quantized already, and how they are held in memory depends on the library that reads "
         f"them; {advice} base=nf4, nf4-double, bf16, fp16 or fp32"
     )
-
-
-def _targets(targets: list[str] | str | None) -> tuple[str, ...] | str | None:
-    return tuple(targets) if isinstance(targets, list) else targets
-
-
-def _sites(method: Method, settings: Keys | AdapterSection) -> tuple[str, ...]:
-    if method is not Method.BAYESIAN_LORA:
-        return ()
-    usual = ("weight", "input") if settings.placement == "merged" else QUANTIZER_SITES[:-1]
-    wanted = usual if settings.quantizers is None else settings.quantizers
-    return tuple(site for site in QUANTIZER_SITES if site in wanted)
-
-
-def _grids(settings: Keys | AdapterSection) -> dict[str, Any]:
-    """Where the grids of Bayesian-LoRA lie and what shares them, as fields of a method."""
-    return {
-        "placement": Placement(settings.placement),
-        "granularity": Granularity(settings.granularity),
-        "group_size": settings.group_size,
-        "share_inputs": settings.share_inputs,
-        "tie_groups": settings.tie_groups is not None,
-        "quantize_attention": settings.quantize_attention,
-        "quantize_head": settings.quantize_head,
-    }
-
-
-def _in_full(shape: ModelShape, wanted: Sequence[str], head: Head) -> tuple[str, ...]:
-    """Names of modules that PEFT trains in full: those asked for and a classifier, wherever a module's name ends so.
-
-    PEFT compares ends of names and not whole ones: "classifier" is DistilBERT's pre_classifier too.
-    """
-    names = dict.fromkeys(name for part in shape.parts for name in part.name.split("."))
-    # What was asked for and is not there stays, to be refused where it is counted; a head was not asked for.
-    found = {end: [name for name in names if name.endswith(end)] or [end] for end in wanted}
-    if head is Head.CLASSIFICATION:
-        found |= {end: [name for name in names if name.endswith(end)] for end in CLASSIFIERS}
-    return tuple(dict.fromkeys(name for matching in found.values() for name in matching))

@@ -9,20 +9,26 @@ from typing import Any
 import yaml
 
 from rankbits.errors import RunFolderError
+from rankbits.recipes.catalogue import METHODS, method
 from rankbits.recipes.schema import Recipe
 from rankbits.records import RunRecord, recipe_hash, write_atomically
 
 RECIPE_FILE = "recipe.yaml"
 RECORD_FILE = "record.json"
 ADAPTER_FOLDER = "adapter"
+MODEL_FOLDER = "model"
 CHECKPOINT_FOLDER = "checkpoints"
 NOT_PART_OF_THE_WORK = {"output": True, "training": {"report_to", "logging_steps", "save_steps"}}
 """Keys that change where results go or how often they are told, and so neither the hash nor whether a run resumes."""
 
+METHOD_SECTIONS = frozenset(section for known in METHODS for section in known.sections)
+"""Sections of `adapter` that hold the settings of some methods only."""
+
 
 def work_of(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data, without what does not change the result."""
-    return recipe.model_dump(mode="json", exclude=NOT_PART_OF_THE_WORK)  # type: ignore[arg-type]
+    """The recipe as plain data, without what does not change the result: settings of other methods do not either."""
+    of_others = METHOD_SECTIONS - set(method(recipe.method).sections)
+    return recipe.model_dump(mode="json", exclude={**NOT_PART_OF_THE_WORK, "adapter": of_others})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """The finished adapter, as PEFT saves it."""
         return self.path / ADAPTER_FOLDER
+
+    @property
+    def model(self) -> Path:
+        """The finished model, as transformers saves it, where weights of its own were trained."""
+        return self.path / MODEL_FOLDER
 
     @property
     def checkpoints(self) -> Path:

@@ -9,18 +9,28 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from rankbits.accounting.budget import parse_budget
 from rankbits.errors import RecipeError
 from rankbits.recipes.catalogue import method_names
+from rankbits.recipes.fields import STRICT, Count, Positive, Share, Text, Weight
+from rankbits.recipes.method_settings import (
+    AdaloraSettings,
+    BottleneckSettings,
+    DyloraSettings,
+    MoraSettings,
+    Nf4Settings,
+    PrefixSettings,
+    PromptSettings,
+    SboraSettings,
+    TopLayerSettings,
+)
 from rankbits.recipes.nearest import nearest
 
 QUANTIZER_SITES = ("weight", "down", "diagonal", "up", "down_output", "diagonal_output", "output", "input")
 """Those that can be chosen by name; attention probabilities have a quantizer with all operands beside them, or none."""
-
-STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
 def _known(kind: str, value: str, known: Sequence[str]) -> str:
@@ -59,11 +69,6 @@ def _plain_name(value: str) -> str:
     return value
 
 
-Text = Annotated[str, Field(min_length=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
 BudgetText = Annotated[str, AfterValidator(_budget)]
 QuantizerSite = Annotated[str, AfterValidator(_known_site)]
 
@@ -84,7 +89,11 @@ class TaskSection(BaseModel):
 
 
 class AdapterSection(BaseModel):
-    """What is attached to the model: rank, targets, what is quantized and how gates start."""
+    """What is attached to the model: rank, targets, what is quantized, how gates start, what single methods need.
+
+    rslora scales by alpha / sqrt(r) instead of alpha / r; mora has no scale. Methods that do not sit on linear layers
+    (houlsby, pfeiffer, parallel, prefix, prompt) use neither r nor alpha nor targets.
+    """
 
     model_config = STRICT
     r: Count = Field(default=8, description="a whole number of at least 1: the maximum rank")
@@ -131,6 +140,15 @@ class AdapterSection(BaseModel):
     )
     initial_bit_logit: float = Field(default=6.0, description="a finite number")
     initial_rank_logit: float = Field(default=6.0, description="a finite number")
+    mora: MoraSettings = Field(default_factory=MoraSettings)
+    sbora: SboraSettings = Field(default_factory=SboraSettings)
+    dylora: DyloraSettings = Field(default_factory=DyloraSettings)
+    bottleneck: BottleneckSettings = Field(default_factory=BottleneckSettings)
+    prefix: PrefixSettings = Field(default_factory=PrefixSettings)
+    prompt: PromptSettings = Field(default_factory=PromptSettings)
+    nf4: Nf4Settings = Field(default_factory=Nf4Settings)
+    adalora: AdaloraSettings = Field(default_factory=AdaloraSettings)
+    top_layer: TopLayerSettings = Field(default_factory=TopLayerSettings)
 
     @field_validator("quantize_attention", "quantize_head")
     @classmethod

@@ -75,13 +75,17 @@ class TrainingRecord(Frozen):
 
 
 class ParameterRecord(Frozen):
-    """Numbers of parameters: all that were trained, the parts they fall into, and the whole model."""
+    """Numbers of parameters: all that were trained, the parts they fall into, and the whole model.
+
+    `base` are weights of the pre-trained model itself, which methods without adapters train.
+    """
 
     trainable: Count
     adapter: Count
     gates: Count
     ranges: Count
     head: Count
+    base: Count = 0
     total: Count
 
 

@@ -15,6 +15,7 @@ _PARAMETER_ROWS = (
     ("gates", "Gates of bits and ranks"),
     ("ranges", "Ranges of quantizers"),
     ("head", "Task head"),
+    ("base", "Weights of the model itself"),
     ("trainable", "All trained"),
     ("total", "Whole model"),
 )

@@ -21,10 +21,10 @@ from rankbits.accounting.methods import (
     can_merge,
     extra_keys,
     extra_tokens,
-    mora_side,
     sublayer_elements,
     sublayer_products,
 )
+from rankbits.accounting.mora import mora_side
 from rankbits.accounting.spec import Activation, Attention, Linear, Method, MethodSpec, ModelShape, Norm, Rows
 from rankbits.errors import ModelError
 
@@ -147,7 +147,7 @@ def test_element_work_of_an_adapter():
     ],
 )
 def test_side_of_moras_matrix(d_in: int, d_out: int, rank: int, side: int):
-    assert mora_side(Linear("l", d_in, d_out), rank) == side
+    assert mora_side(Linear("l", d_in, d_out), MethodSpec(Method.MORA, rank=rank)) == side
 
 
 @given(st.integers(64, 4096), st.integers(64, 4096), st.integers(1, 512))
@@ -157,9 +157,9 @@ def test_moras_side_is_the_rounded_root(d_in: int, d_out: int, rank: int):
     expected = rounded - rounded % 2 if rank < 64 else rounded
     if expected > min(d_in, d_out):
         with pytest.raises(ModelError, match=f"l would have side {expected}, expected at most {min(d_in, d_out)}"):
-            mora_side(linear, rank)
+            mora_side(linear, MethodSpec(Method.MORA, rank=rank))
     else:
-        assert mora_side(linear, rank) == expected
+        assert mora_side(linear, MethodSpec(Method.MORA, rank=rank)) == expected
 
 
 def test_mora_shares_groups_from_rank_64_on():

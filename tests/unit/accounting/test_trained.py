@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rankbits.accounting.architectures.read import Head, find_config, read_shape
 from rankbits.accounting.spec import Method, MethodSpec
-from rankbits.accounting.trained import block_of, trained_in_full
+from rankbits.accounting.trained import above_body, block_of, trained_in_full
 
 
 def test_parts_that_are_trained_in_full() -> None:
@@ -17,3 +17,15 @@ def test_parts_that_are_trained_in_full() -> None:
         "bert.pooler.dense",
         "bert.pooler.activation",
     }
+
+
+def test_what_stands_on_the_body() -> None:
+    def above(model: str, head: Head) -> tuple[str, ...]:
+        return above_body(read_shape(find_config(model), name=model, head=head))
+
+    assert above("minilm-l6", Head.CLASSIFICATION) == ("classifier",)
+    assert above("deberta-v3-base", Head.CLASSIFICATION) == ("pooler", "classifier")
+    assert above("deberta-v3-base", Head.NONE) == ()
+    assert above("smollm2-135m", Head.CLASSIFICATION) == ("score",)
+    assert above("smollm2-135m", Head.LANGUAGE_MODEL) == ()
+    assert above("llama-7b", Head.LANGUAGE_MODEL) == ("lm_head",)

@@ -109,5 +109,5 @@ def test_a_tied_head_is_one_weight_unless_an_adapter_copies_it() -> None:
     assert sum(trained_sizes(tied, MethodSpec(Method.FULL))) == base_parameters(tied)
     spec = MethodSpec(Method.LORA, trained_in_full=("lm_head",))
     assert sum(trained_sizes(tied, spec)) == 49_152 * 576
-    alone = MethodSpec(Method.FEATURE_BASED)
+    alone = MethodSpec(Method.FEATURE_BASED, trained_in_full=("lm_head",))
     assert sum(trained_sizes(tied, alone)) == count(tied, alone).trainable == 49_152 * 576

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -103,3 +103,15 @@ def test_the_format_has_to_be_named(run: Path) -> None:
     result = _export(run)
     assert result.exit_code == 2
     assert "--to" in result.stderr
+
+
+def test_a_run_without_adapters_has_its_whole_model_already(tmp_path, finished) -> None:
+    run = _finish(tmp_path, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"), finished())
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text()) | {"method": "full"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "base").rename(run / "model")
+    (tmp_path / "base").symlink_to(run / "model")
+    result = _export(run, "--to", "merged")
+    assert result.exit_code == 2
+    assert "was fine-tuned without adapters (full)" in result.stderr
+    assert not (run / "merged").exists()

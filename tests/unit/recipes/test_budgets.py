@@ -10,7 +10,7 @@ from rankbits.accounting.spec import Granularity, Placement
 from rankbits.errors import RecipeError
 from rankbits.recipes.load import load
 from rankbits.recipes.question import budgets_of, from_keys, from_recipe
-from rankbits.recipes.run import _schedule
+from rankbits.recipes.trainer_parts import gate_schedule
 
 LENGTH = "sequence_length=16"
 
@@ -46,4 +46,4 @@ def test_where_grids_lie_is_asked_of_recipes_and_keys():
 def test_a_budget_that_does_not_suit_the_model_is_an_error_of_the_recipe(changes, said):
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), BayesianLoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(RecipeError, match=said):
-        _schedule(load("quickstart", changes), model, 40)
+        gate_schedule(load("quickstart", changes), model, 40)

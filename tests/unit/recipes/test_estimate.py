@@ -15,7 +15,7 @@ from rankbits.recipes.load import load
 from rankbits.recipes.question import NAMES, from_keys, from_recipe
 
 LENGTH = "sequence_length=16"
-BESIDE_ONLY = {"houlsby", "pfeiffer", "parallel-adapter", "prefix-tuning", "prompt-tuning"}
+BESIDE_ONLY = {"houlsby", "pfeiffer", "parallel", "prefix", "prompt"}
 WITHOUT_ADAPTERS = {"full", "top-layer", "feature-based"}
 
 
@@ -68,8 +68,8 @@ def test_only_methods_that_become_part_of_the_weights_have_a_merged_cost(method:
         ("dora", 24 * (8 * (768 + 768) + 768)),
         ("sbora-fa", 24 * (8 * 768 + 8)),
         ("houlsby", 24 * (2 * 768 * 48 + 48 + 768)),
-        ("prefix-tuning", 12 * 2 * 20 * 768),
-        ("prompt-tuning", 20 * 768),
+        ("prefix", 12 * 2 * 20 * 768),
+        ("prompt", 20 * 768),
     ],
 )
 def test_effective_parameters_are_the_model_and_what_runs_beside_it(method: str, added: int):
@@ -170,7 +170,7 @@ def test_the_lectures_worked_examples():
     [
         ("bert-base", ["sequence_length=513"], "sequence length 513: bert-base has 512 positions"),
         ("smollm2-135m", ["sequence_length=8000", "cache_length=193"], "8193: smollm2-135m has 8192 positions"),
-        ("bert-base", ["method=prompt-tuning", "virtual_tokens=500"], "16 and 500 virtual tokens: bert-base has 512"),
+        ("bert-base", ["method=prompt", "virtual_tokens=500"], "16 and 500 virtual tokens: bert-base has 512"),
         ("bert-base", ["cache_length=4"], "bert-base is an encoder, which has no cache"),
         ("bert-base", ["source_length=4"], "source_len 4: bert-base has one stack"),
         ("t5-base", [], "t5-base has an encoder and a decoder: source_len, the encoder's tokens, is missing"),

@@ -108,9 +108,7 @@ def test_all_problems_come_together(write):
     assert f"tsk: unknown key; nearest valid key: task [{path}]" in problems
     assert f"adapter.r: given 0, expected a whole number of at least 1: the maximum rank [{path}]" in problems
     assert "warmup + ramp + fixed of at most 1, they are 0.9 + 0.25 + 0.25 = 1.4" in text
-    assert (
-        "method: given the text 'loar', expected one of the known methods: bayesian-lora, lora; nearest: lora" in text
-    )
+    assert "method: given the text 'loar', expected one of the known methods: bayesian-lora, lora, rslora," in text
     assert "unknown key; nearest valid key: training.epochs [override training.epohcs=3]" in text
     assert "epochs: unknown key; nearest valid key: training.epochs [override epochs=4]" in problems
     assert "given 'no-equals', expected key=value such as training.epochs=3" in text

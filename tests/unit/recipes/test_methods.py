@@ -1,21 +1,235 @@
-"""From a method's name to a PEFT configuration."""
+"""From a recipe's method and settings to a PEFT configuration, and what does not suit a model."""
 
 import pytest
-from peft import get_peft_model
-from transformers import BertConfig, BertForSequenceClassification
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from pydantic import BaseModel
+from transformers import BertConfig, BertForSequenceClassification, DebertaV2Config, DebertaV2ForSequenceClassification
 
-from rankbits.recipes.methods import CONFIGS
+from rankbits import BottleneckConfig, DyloraConfig, MoraConfig, SboraConfig
+from rankbits.errors import ModelError, RecipeError
+from rankbits.recipes import four_bits
+from rankbits.recipes.catalogue import METHODS as DESCRIBED
+from rankbits.recipes.catalogue import method_names
+from rankbits.recipes.load import load
+from rankbits.recipes.method_settings import BottleneckSettings
+from rankbits.recipes.methods import METHODS, WITHOUT_ADAPTERS, attach
+from rankbits.recipes.run_folder import METHOD_SECTIONS, work_of
 from rankbits.recipes.schema import AdapterSection
+from rankbits.records import recipe_hash
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+FROZEN = {
+    ("quickstart",): "5c204b46effadd32f3b7e422fdc3df64199373741ee4d1fd3c008ccab8499fe7",
+    ("quickstart", "method=lora"): "c7bdbdff9d0f78f718058a2fcda55d33acf7f6aba504368c0a25f0b153ca0e04",
+    ("glue/minilm/stsb", "method=lora"): "03dfa3e06df7ef73f1dc26b36f9f0cd035f32a0c10a56df3bbb15876e3c081e0",
+    ("glue/minilm-budget/mrpc",): "b54be99fe0c21033d494ab097d2ed551c4e37037cc7e4d59a28156987b0fbb44",
+    ("e2e_nlg-smollm2",): "7416d43f445123e2551fa1ce19b98c44994a73e01d3f3b3e6db0ed42ba912e51",
+}
+"""Hashes of recipes as they were before any method had settings of its own."""
 
 
-@pytest.mark.parametrize("method", sorted(CONFIGS))
-def test_attaching_leaves_the_recipe_as_it_was(method) -> None:
-    adapter = AdapterSection(r=2, targets=["query"], modules_to_save=["pooler"])
-    config = CONFIGS[method](adapter)
+def _model() -> BertForSequenceClassification:
+    return BertForSequenceClassification(BertConfig(vocab_size=20, **SIZES))
+
+
+def _config(method: str, *changes: str):
+    recipe = load("quickstart", [f"method={method}", "adapter.r=4", "adapter.targets=[query]", *changes])
+    return METHODS[method].config(recipe, _model())
+
+
+def _fields(config, *names: str) -> list:
+    return [getattr(config, name) for name in names]
+
+
+def test_what_is_described_can_be_attached() -> None:
+    assert [*METHODS, *WITHOUT_ADAPTERS] == method_names()
+    sections = {name for name, value in AdapterSection() if isinstance(value, BaseModel)}
+    assert sections == METHOD_SECTIONS
+    assert all(known.merges and known.exports and known.paper for known in DESCRIBED)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in {"prefix", "prompt"}])
+def test_attaching_leaves_the_recipe_as_it_was(method: str) -> None:
+    changes = [f"method={method}", "adapter.r=2", "adapter.targets=[query]", "adapter.modules_to_save=[pooler]"]
+    recipe = load("quickstart", changes)
+    config = METHODS[method].config(recipe, _model())
     config.task_type = "SEQ_CLS"
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    get_peft_model(BertForSequenceClassification(BertConfig(**sizes)), config)
+    get_peft_model(_model(), config)
     # PEFT adds the names of the classifier to the list that it is given.
-    assert adapter.modules_to_save == ["pooler"]
+    assert recipe.adapter.modules_to_save == ["pooler"]
+
+
+@pytest.mark.parametrize(
+    ("method", "rslora", "dora"),
+    [
+        ("lora", False, False),
+        ("rslora", True, False),
+        ("dora", False, True),
+        ("qlora", False, False),
+        ("qdora", False, True),
+    ],
+)
+def test_variants_of_lora(method: str, rslora: bool, dora: bool) -> None:
+    config = _config(method, "adapter.alpha=3", "adapter.dropout=0.25", "adapter.modules_to_save=[pooler]")
+    assert isinstance(config, LoraConfig)
+    assert _fields(config, "r", "lora_alpha", "lora_dropout", "target_modules") == [4, 3, 0.25, {"query"}]
+    assert _fields(config, "use_rslora", "use_dora", "modules_to_save") == [rslora, dora, ["pooler"]]
+
+
+def test_keys_of_mora() -> None:
+    usual = _config("mora")
+    assert isinstance(usual, MoraConfig)
+    assert _fields(usual, "r", "mora_type", "rounding", "fold", "dropout") == [4, None, "nearest", False, 0.0]
+    config = _config(
+        "mora",
+        "adapter.mora.type=decoupling",
+        "adapter.mora.rounding=floor",
+        "adapter.mora.fold=true",
+        "adapter.dropout=0.5",
+    )
+    assert _fields(config, "mora_type", "rounding", "fold", "dropout") == ["decoupling", "floor", True, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "variant"),
+    [
+        ("sbora-fa", "null", "fa"),
+        ("sbora-fb", "null", "fb"),
+        ("qsbora", "null", "fa"),
+        ("qsbora", "fb", "fb"),
+        ("sbora-fb", "fb", "fb"),
+    ],
+)
+def test_keys_of_sbora(method: str, given: str, variant: str) -> None:
+    changes = ["seed=7", "first=3", "disjoint=true", f"variant={given}"]
+    config = _config(method, "adapter.alpha=5", *(f"adapter.sbora.{change}" for change in changes))
+    assert isinstance(config, SboraConfig)
+    assert _fields(config, "r", "alpha", "variant", "seed", "first", "disjoint") == [4, 5, variant, 7, 3, True]
+
+
+def test_keys_of_dylora() -> None:
+    config = _config(
+        "dylora", "adapter.dylora.mode=prefix", "adapter.dylora.strict=false", "adapter.dylora.evaluation_rank=2"
+    )
+    assert isinstance(config, DyloraConfig)
+    assert _fields(config, "r", "train_mode", "strict", "evaluation_rank") == [4, "prefix", False, 2]
+
+
+@pytest.mark.parametrize("method", ["houlsby", "pfeiffer", "parallel"])
+def test_keys_of_bottlenecks(method: str) -> None:
+    usual = _config(method)
+    assert isinstance(usual, BottleneckConfig)
+    # The layers of another method's targets are not the ends of sub-layers.
+    assert _fields(usual, "kind", "bottleneck_size", "target_modules", "init_weights") == [method, None, None, "zero"]
+    changes = ["reduction_factor=3", "non_linearity=tanh", "scaling=2", "init=random"]
+    config = _config(method, "adapter.dropout=0.1", *(f"adapter.bottleneck.{change}" for change in changes))
+    wanted = [10, "tanh", 2, False, 0.1]
+    assert _fields(config, "bottleneck_size", "non_linearity", "scaling", "init_weights", "dropout") == wanted
+    assert _config(method, "adapter.bottleneck.size=5").bottleneck_size == 5
+
+
+def test_keys_of_virtual_tokens() -> None:
+    prefix = _config("prefix", "adapter.prefix.virtual_tokens=6", "adapter.modules_to_save=[pooler]")
+    assert isinstance(prefix, PrefixTuningConfig)
+    assert _fields(prefix, "num_virtual_tokens", "modules_to_save") == [6, ["pooler"]]
+    changes = ["virtual_tokens=5", "init=text", "text=good"]
+    prompt = _config("prompt", *(f"adapter.prompt.{change}" for change in changes))
+    assert isinstance(prompt, PromptTuningConfig)
+    assert _fields(prompt, "num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text") == [5, "TEXT", "good"]
+    assert prompt.tokenizer_name_or_path
+
+
+def test_keys_of_a_base_in_four_bits() -> None:
+    usual = four_bits.quantization(load("quickstart", ["method=qlora", "adapter.modules_to_save=[pooler]"]))
+    assert usual is not None
+    names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    assert _fields(usual, *names) == [True, "nf4", True]
+    assert str(usual.bnb_4bit_compute_dtype) == "torch.float32"
+    assert {".*classifier", ".*lm_head", ".*pooler"} <= set(usual.llm_int8_skip_modules)
+    changes = ["adapter.nf4.double_quantization=false", "adapter.nf4.compute_dtype=bfloat16"]
+    other = four_bits.quantization(load("quickstart", ["method=qsbora", *changes]))
+    assert other is not None
+    assert not other.bnb_4bit_use_double_quant
+    assert str(other.bnb_4bit_compute_dtype) == "torch.bfloat16"
+    assert four_bits.quantization(load("quickstart", ["method=dora"])) is None
+
+
+def test_a_missing_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(four_bits, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"qlora holds the base in 4 bits.*pip install 'rankbits\[quantized\]'"):
+        four_bits.quantization(load("quickstart", ["method=qlora"]))
+
+
+def test_the_paged_optimizer_is_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load("quickstart", ["method=qlora"])
+    monkeypatch.setattr(four_bits.torch.cuda, "is_available", lambda: True)
+    assert four_bits.optimizer(recipe) == ("paged_adamw_32bit", "")
+    monkeypatch.setattr(four_bits.torch.cuda, "is_available", lambda: False)
+    name, said = four_bits.optimizer(recipe)
+    assert name is None
+    assert "CUDA alone" in said
+    assert four_bits.optimizer(load("quickstart", ["method=lora"])) == (None, "")
+
+
+def test_attention_that_takes_no_prefix_is_refused() -> None:
+    model = DebertaV2ForSequenceClassification(DebertaV2Config(vocab_size=20, type_vocab_size=0, **SIZES))
+    with pytest.raises(ModelError, match=r"prefix cannot be attached .* \(DebertaV2Model\) takes no keys and values"):
+        attach(load("quickstart", ["method=prefix"]), model)
+
+
+def test_targets_of_other_methods_are_not_looked_for() -> None:
+    recipe = load("quickstart", ["method=pfeiffer", "adapter.targets=[nowhere]", "adapter.bottleneck.size=2"])
+    assert attach(recipe, _model()).active_peft_config.target_modules != {"nowhere"}
+    with pytest.raises(ModelError, match=r"adapter\.targets: 'nowhere' matches no module"):
+        attach(load("quickstart", ["method=mora", "adapter.targets=[nowhere]"]), _model())
+    with pytest.raises(ModelError, match=r"adapter\.modules_to_save: 'nowhere' matches no module"):
+        attach(load("quickstart", ["method=prompt", "adapter.modules_to_save=[nowhere]"]), _model())
+
+
+@pytest.mark.parametrize("asked", FROZEN)
+def test_settings_of_other_methods_are_not_part_of_the_work(asked: tuple[str, ...]) -> None:
+    name, *changes = asked
+    assert recipe_hash(work_of(load(name, changes))) == FROZEN[asked]
+    others = ["adapter.mora.fold=true", "adapter.dylora.mode=prefix", "adapter.nf4.double_quantization=false"]
+    assert recipe_hash(work_of(load(name, [*changes, *others]))) == FROZEN[asked]
+
+
+def test_settings_of_the_method_are_part_of_the_work() -> None:
+    one, other = (load("quickstart", ["method=qsbora", f"adapter.sbora.seed={seed}"]) for seed in (1, 2))
+    assert recipe_hash(work_of(one)) != recipe_hash(work_of(other))
+    assert set(work_of(one)["adapter"]) & METHOD_SECTIONS == {"sbora", "nf4"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            ["method=lora", "gates.budget=bits=4"],
+            "gates.budget: given 'bits=4', expected null with method=lora: only bayesian-lora learns",
+        ),
+        (["method=mora", "adapter.mora.fold=true", "adapter.mora.type=sharing"], "adapter.mora.fold: given true"),
+        (
+            ["method=sbora-fa", "adapter.sbora.variant=fb"],
+            "given the text 'fb', expected fa or null with",
+        ),
+        (["method=dylora", "adapter.dylora.evaluation_rank=9"], "adapter.dylora.evaluation_rank: given 9, expected at"),
+        (["method=dylora", "adapter.dylora.evaluate_ranks=[2,9]"], "given [2, 9], expected at most r=8 each"),
+        (["method=prefix", "training.gradient_checkpointing=true"], "training.gradient_checkpointing: given true"),
+        (["adapter.mora.type=tiles"], "adapter.mora.type: given the text 'tiles', expected truncation, sharing,"),
+        (["adapter.mora.kind=sharing"], "adapter.mora.kind: unknown key; nearest valid key: adapter.mora"),
+        (["adapter.prompt.init=text"], "adapter.prompt.text: given nothing (the default), expected a text where"),
+        (["adapter.prompt.text=film"], "adapter.prompt.text: given the text 'film', expected a text where"),
+        (["adapter.bottleneck.size=2", "adapter.bottleneck.reduction_factor=2"], "adapter.bottleneck.size: given 2"),
+    ],
+)
+def test_what_a_method_cannot_honour_is_refused(changes: list[str], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load("quickstart", changes)
+    assert said in str(caught.value)
+
+
+def test_settings_of_several_methods_may_stand_together() -> None:
+    recipe = load("quickstart", ["method=lora", "adapter.mora.fold=true", "adapter.dylora.evaluate_ranks=[99]"])
+    assert recipe.adapter.mora.fold
+    assert recipe.adapter.bottleneck == BottleneckSettings()

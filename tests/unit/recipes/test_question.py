@@ -152,7 +152,7 @@ def test_every_key_is_asked():
     ("override", "name", "value"),
     [
         ("method=houlsby width=7", "width", 7),
-        ("method=prefix-tuning virtual_tokens=7", "virtual_tokens", 7),
+        ("method=prefix virtual_tokens=7", "virtual_tokens", 7),
         ("method=top-layer layers=2", "layers", 2),
         ("learn_rank=false", "learn_rank", False),
         ("quantizers=[up,weight]", "sites", ("weight", "up")),
@@ -387,8 +387,8 @@ def test_a_key_that_would_change_nothing_is_refused(override: str):
 
 @pytest.mark.parametrize("override", ["r=4", "targets=[query]"])
 def test_ranks_and_targets_are_of_methods_that_sit_on_layers(override: str):
-    (problem,) = _problems(LENGTH, "method=prefix-tuning", override)
-    assert "expected none with method=prefix-tuning: only lora, adalora, dylora," in problem
+    (problem,) = _problems(LENGTH, "method=prefix", override)
+    assert "expected none with method=prefix: only lora, adalora, dylora," in problem
 
 
 def test_where_the_method_is_wrong_no_other_key_is_blamed_for_it():

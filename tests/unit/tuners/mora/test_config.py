@@ -6,7 +6,7 @@ import pytest
 from peft import PeftConfig
 
 import rankbits
-from rankbits.accounting import methods
+from rankbits.accounting import mora
 from rankbits.tuners.mora import MoraConfig, MoraType
 from rankbits.tuners.mora.config import ROTATION_BELOW
 
@@ -52,7 +52,7 @@ def test_a_number_becomes_a_name(number, name) -> None:
 
 
 def test_small_ranks_rotate_and_large_ones_share() -> None:
-    assert ROTATION_BELOW == methods.ROTATION_BELOW
+    assert ROTATION_BELOW == mora.ROTATION_BELOW
     assert MoraConfig(r=63).kind is MoraType.ROTATION
     assert MoraConfig(r=64).kind is MoraType.SHARING
     assert MoraConfig(r=64, mora_type="rotation").kind is MoraType.ROTATION
