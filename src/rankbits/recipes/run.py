@@ -90,7 +90,6 @@ def run(
     parameters = facts.parameters(model)
     training = train(trainer, folder, announce)
     methods.finish(recipe, model)
-
     summaries = summarize(model)
     modules, budgets = facts.learned(model, summaries), facts.budgets(trainer.callback_handler.callbacks)
     if summaries:
