@@ -43,7 +43,7 @@ def spec_of(recipe: Recipe, shape: ModelShape, head: Head) -> MethodSpec:
         width=bottleneck_width(recipe, shape.hidden),
         virtual_tokens=virtual_tokens(recipe),
         trained_in_full=in_full_with(method, shape, adapter.modules_to_save or (), head),
-        layers=adapter.top_layer.layers,
+        layers=adapter.top_layer.layers if method is Method.TOP_LAYER else 0,
     )
     if method is Method.ADALORA:
         return replace(spec, ranks={linear.name: adapter.r for linear in targeted(shape, spec)})
