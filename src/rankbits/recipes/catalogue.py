@@ -63,8 +63,8 @@ METHODS: tuple[Method, ...] = (
         name="bayesian-lora",
         trains="a gated low-rank update beside quantized, frozen weights",
         learns="rank of every update, bits of every tensor",
-        merges="exactly with adapter.placement=merged; no where an update or an activation has a grid of its own",
-        exports="merged",
+        merges="exactly with adapter.placement=merged or where no activation is quantized, else no",
+        exports="merged; lora (exact) where nothing is quantized",
         paper="Bayesian-LoRA, ICLR 2025 submission 13711",
     ),
     Method(

@@ -41,12 +41,13 @@ def spec_of(recipe: Recipe, shape: ModelShape, head: Head) -> MethodSpec:
         **grids_of(adapter),
         mora=MoraForm(adapter.mora.type, adapter.mora.rounding == "floor", adapter.mora.fold),
         width=bottleneck_width(recipe, shape.hidden),
-        virtual_tokens=virtual_tokens(recipe),
         trained_in_full=in_full_with(method, shape, adapter.modules_to_save or (), head),
-        layers=adapter.top_layer.layers,
+        layers=adapter.top_layer.layers if method is Method.TOP_LAYER else 0,
     )
     if method is Method.ADALORA:
         return replace(spec, ranks={linear.name: adapter.r for linear in targeted(shape, spec)})
+    if method in {Method.PREFIX, Method.PROMPT}:
+        return replace(spec, virtual_tokens=virtual_tokens(recipe))
     used = adapter.dylora.evaluation_rank
     if method is Method.DYLORA and used is not None:
         return replace(spec, ranks={linear.name: used for linear in targeted(shape, spec)})

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import rankbits.cli.main
 from rankbits import tasks
 from rankbits.cli.main import app
-from rankbits.recipes.catalogue import EMBEDDED_MODELS, method_names
+from rankbits.recipes.catalogue import EMBEDDED_MODELS, METHODS, method_names
 from rankbits.recipes.load import load
 from rankbits.recipes.shipped import bases, names
 
@@ -58,6 +58,9 @@ def test_list_recipes_marks_those_that_cannot_be_run():
 def test_list_methods_tasks_and_models():
     methods, known_tasks, models = (_run("list", kind).stdout for kind in ("methods", "tasks", "models"))
     assert [line for line in methods.splitlines() if not line.startswith(" ")] == method_names()
+    for known in METHODS:
+        told = [f"  {key + ':':8} {getattr(known, key)}" for key in ("trains", "learns", "merges", "exports", "paper")]
+        assert "\n".join([known.name, *told]) in methods
     assert [line for line in known_tasks.splitlines() if not line.startswith(" ")] == tasks.names()
     assert tasks.get("stsb").description in known_tasks
     assert EMBEDDED_MODELS[0].file.install_command in models

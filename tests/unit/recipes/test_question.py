@@ -388,7 +388,7 @@ def test_a_key_that_would_change_nothing_is_refused(override: str):
 @pytest.mark.parametrize("override", ["r=4", "targets=[query]"])
 def test_ranks_and_targets_are_of_methods_that_sit_on_layers(override: str):
     (problem,) = _problems(LENGTH, "method=prefix", override)
-    assert "expected none with method=prefix: only lora, adalora, dylora," in problem
+    assert "expected none with method=prefix: only lora, rslora, adalora, dylora," in problem
 
 
 def test_where_the_method_is_wrong_no_other_key_is_blamed_for_it():

@@ -89,7 +89,7 @@ def test_accepted(key: str, value: object):
         ("task.evaluate_on", "test"),
         ("task.data", ""),
         ("model", ""),
-        ("method", "dora"),
+        ("method", "dorra"),
         ("adapter.r", 0),
         ("adapter.r", 8.0),
         ("adapter.r", True),
