@@ -143,7 +143,7 @@ def test_dylora_is_scored_at_the_ranks_that_are_asked_for(work: Path) -> None:
 
 
 def test_virtual_tokens_need_positions_too(work: Path) -> None:
-    recipe = _recipe(work, "prompt", "task.max_length=62")
+    recipe = _recipe(work, "prompt", "task.max_length=62", output="too-long")
     with pytest.raises(ModelError, match=r"given 62, but .* has 64 positions and 3 virtual tokens .* at most 61"):
         run(recipe, command="test")
 
