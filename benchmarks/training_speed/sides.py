@@ -26,7 +26,7 @@ POINT = learned("stsb", "q-ra", DEFAULT_PLACEMENT, 0.25, FIRST_SEED)
 """The point of the accuracy study whose settings are timed."""
 MODULES = {"qkv": "adapter.targets=[query,key,value]", "all": f"adapter.targets={TARGETS}"}
 VARIANTS = {
-    "lora": ("method=lora",),
+    "lora": ("method=lora", "gates.budget=null"),
     "q-ra": (),
     "ra": ("adapter.learn_bits=false", "adapter.quantizers=null", "gates.budget=rank=4"),
 }

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankbits.accounting.methods import mora_side
-from rankbits.accounting.spec import Linear
+from rankbits.accounting.mora import mora_side
+from rankbits.accounting.spec import Linear, Method, MethodSpec
 from rankbits.errors import ModelError
 from rankbits.tuners.mora import MoraConfig
 from rankbits.tuners.mora.layer import form_of
@@ -70,12 +70,12 @@ def test_the_largest_rank_fits_and_the_next_does_not(in_features, out_features, 
 
 @given(st.integers(1, 4096), st.integers(1, 4096), st.integers(1, 512))
 def test_a_layer_has_the_side_that_accounting_predicts(in_features, out_features, r) -> None:
-    linear = Linear("l", in_features, out_features)
+    linear, spec = Linear("l", in_features, out_features), MethodSpec(Method.MORA, rank=r)
     try:
         form = form_of(MoraConfig(r=r), "l", (out_features, in_features))
     except ValueError:
         if min(in_features, out_features) > 1:
             with pytest.raises(ModelError):
-                mora_side(linear, r)
+                mora_side(linear, spec)
     else:
-        assert form.side == mora_side(linear, r)
+        assert form.side == mora_side(linear, spec)
