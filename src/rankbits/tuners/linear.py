@@ -198,8 +198,8 @@ class LinearTuner(BaseTuner, ABC):
         # PEFT would fail on the key: a config of diffusers names no architecture whose usual layers could be meant.
         if getattr(peft_config, "target_modules", None) is None and "model_type" not in model_config:
             raise ValueError(
-                f"`target_modules`=None stands for the usual layers of an architecture, but {type(self.model).__name__} "
-                "names none: expected names of its linear layers, such as ['to_q', 'to_k', 'to_v', 'to_out.0'] in "
+                "`target_modules`=None stands for the usual layers of an architecture, but "
+                f"{type(self.model).__name__} names none: expected names of its linear layers, such as ['to_q', 'to_k', 'to_v', 'to_out.0'] in "
                 "attentions of diffusers, or 'all-linear'"
             )
         prepared: PeftConfig = super()._prepare_adapter_config(peft_config, model_config)

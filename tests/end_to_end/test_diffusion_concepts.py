@@ -1,0 +1,132 @@
+"""Concepts in a denoiser of diffusers: SBoRA trains one, Multi-SBoRA merges two, and the page about it runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from rankbits import SboraConfig
+from rankbits.tuners.sbora import task_configs
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "diffusion.md"
+CONCEPTS = ("cat", "hat")
+WORDS_AND_WIDTH = (3, 8)
+# Keys and values of words are what says which concept an image shows (Kumari et al. 2023, Custom Diffusion).
+SETTINGS = {"r": 8, "alpha": 8.0, "variant": "fb", "target_modules": r".*attn2\.to_[kv]"}
+
+
+def _unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=4,
+        layers_per_block=1,
+        block_out_channels=(16,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=WORDS_AND_WIDTH[1],
+        attention_head_dim=8,
+        norm_num_groups=4,
+    ).eval()
+
+
+def _words(concept: str) -> Tensor:
+    """What the text encoder makes of the name of a concept: [1, words, width], of which each concept has one half."""
+    words = torch.zeros(1, *WORDS_AND_WIDTH)
+    half = slice(0, 4) if concept == "cat" else slice(4, 8)
+    words[..., half] = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(3))
+    return words
+
+
+def _latent(concept: str) -> Tensor:
+    """The image of a concept: [1, channels, height, width]."""
+    colours = {"cat": [1.0, -1.0, 1.0, -1.0], "hat": [-1.0, -1.0, 1.0, 1.0]}
+    return torch.tensor(colours[concept])[None, :, None, None].expand(1, 4, 4, 4)
+
+
+def _loss(model: nn.Module, concept: str, seed: int, size: int = 8) -> Tensor:
+    """Mean squared error of the image that is predicted of its noisy forms, at random times."""
+    generator = torch.Generator().manual_seed(seed)
+    image = _latent(concept).expand(size, -1, -1, -1)
+    times = torch.randint(0, 1000, (size,), generator=generator)
+    noisy = DDPMScheduler(1000).add_noise(image, torch.randn(image.shape, generator=generator), times)
+    words = _words(concept).expand(size, -1, -1)
+    return F.mse_loss(model(sample=noisy, timestep=times, encoder_hidden_states=words).sample, image)
+
+
+@torch.no_grad()
+def _error(model: nn.Module, concept: str) -> float:
+    return _loss(model.eval(), concept, seed=1000, size=32).item()
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "base_layer" in name}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both concepts, each trained by itself in a base of its own."""
+    folder = tmp_path_factory.mktemp("concepts")
+    for concept, config in task_configs(SboraConfig(**SETTINGS), dict.fromkeys(CONCEPTS, 8)).items():
+        model = get_peft_model(_unet(), config)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        model.train()
+        for step in range(80):
+            optimizer.zero_grad()
+            _loss(model, concept, seed=step).backward()
+            optimizer.step()
+        model.save_pretrained(folder / concept)
+    return folder
+
+
+def test_one_concept_is_learned_and_nothing_is_said_of_another(trained: Path) -> None:
+    base = {concept: _error(_unet(), concept) for concept in CONCEPTS}
+    model = PeftModel.from_pretrained(_unet(), trained / "cat")
+    assert _error(model, "cat") < 0.3 * base["cat"]
+    # Rows of an update that has seen no word of the hat are orthogonal to all of them.
+    assert _error(model, "hat") == base["hat"]
+
+
+def test_two_concepts_are_merged_and_one_is_taken_out_to_the_bit(trained: Path) -> None:
+    base = {concept: _error(_unet(), concept) for concept in CONCEPTS}
+    model = PeftModel.from_pretrained(_unet(), trained / "cat", adapter_name="cat")
+    model.load_adapter(trained / "hat", adapter_name="hat")
+    before = _weights(model)
+    model.merge_adapter(["hat"])
+    hat_alone = _weights(model)
+    model.unmerge_adapter(["hat"])
+
+    model.merge_adapter(["cat", "hat"])
+    for concept in CONCEPTS:
+        assert _error(model, concept) < 0.3 * base[concept]
+    model.unmerge_adapter(["cat"])
+    for name, weight in _weights(model).items():
+        assert torch.equal(weight, hat_alone[name]), name
+    assert _error(model, "hat") < 0.3 * base["hat"]
+    assert _error(model, "cat") > 0.9 * base["cat"]
+    model.unmerge_adapter(["hat"])
+    for name, weight in _weights(model).items():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_the_snippets_of_the_page_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(snippets) == 3
+    scope: dict = {}
+    for snippet in snippets:
+        exec(snippet, scope)
+    merged = UNet2DConditionModel.from_pretrained("out/unet", local_files_only=True).eval()
+    base = UNet2DConditionModel.from_config(merged.config).eval()
+    base.load_state_dict(merged.state_dict())
+    inputs = scope["inputs"]
+    with torch.no_grad():
+        # The concepts of the page have not been trained, so that all of these compute what the base does.
+        for again in (PeftModel.from_pretrained(base, "out/lora"), PeftModel.from_pretrained(base, "out/concepts/cat")):
+            assert torch.equal(again(**inputs).sample, merged(**inputs).sample)
