@@ -118,7 +118,7 @@ def test_two_concepts_are_merged_and_one_is_taken_out_to_the_bit(trained: Path) 
 def test_the_snippets_of_the_page_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     scope: dict = {}
     for snippet in snippets:
         exec(snippet, scope)

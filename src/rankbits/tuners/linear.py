@@ -199,8 +199,8 @@ class LinearTuner(BaseTuner, ABC):
         if getattr(peft_config, "target_modules", None) is None and "model_type" not in model_config:
             raise ValueError(
                 "`target_modules`=None stands for the usual layers of an architecture, but "
-                f"{type(self.model).__name__} names none: expected names of its linear layers, such as ['to_q', 'to_k', 'to_v', 'to_out.0'] in "
-                "attentions of diffusers, or 'all-linear'"
+                f"{type(self.model).__name__} names none: expected names of its linear layers, such as ['to_q', "
+                "'to_k', 'to_v', 'to_out.0'] in attentions of diffusers, or 'all-linear'"
             )
         prepared: PeftConfig = super()._prepare_adapter_config(peft_config, model_config)
         return prepared
