@@ -133,7 +133,7 @@ def test_every_mergeable_tuner_trains_and_merges(kind: str, method: str) -> None
     inputs, noise = _batch(model)
     start, base = _outputs(model, inputs), copy.deepcopy(model.state_dict())
     model.add_adapter(CONFIGS[method]())
-    # The grids of the merged placement begin at 32 bits, which the range's last bits are no part of.
+    # Grids begin at 32 bits, where they are as fine as the numbers.
     torch.testing.assert_close(_outputs(model, inputs), start, rtol=0.0, atol=1e-5 * float(start.abs().max()))
 
     _train(model, inputs, noise, steps=12)
@@ -179,7 +179,7 @@ def test_layers_share_the_input_that_they_read() -> None:
     assert sorted(shared["transformer", "attn", name] for name in added) == ["add_k_proj", "add_k_proj", itself]
 
 
-@pytest.mark.parametrize("targets", [["conv_in"], ["to_q", "conv1"]], ids=["conv_in", "after-a-linear-layer"])
+@pytest.mark.parametrize("targets", [["conv_in"], ["time_emb_proj", "conv2"]], ids=["first", "after-a-linear-layer"])
 def test_a_convolution_is_refused_and_the_model_is_as_it_was(targets: list[str]) -> None:
     model = _unet()
     with pytest.raises(TypeError, match=r"'[\w.]*conv\w+' is a Conv2d, .* supported are torch.nn.Linear"):
@@ -219,13 +219,13 @@ def test_no_strength_but_one_is_taken() -> None:
 def test_a_denoiser_is_counted_with_its_convolutions() -> None:
     model = _unet()
     inputs, _ = _batch(model)
-    model.add_adapter(MoraConfig(r=4, mora_type="sharing", target_modules=TARGETS))
+    model.add_adapter(DyloraConfig(r=4, target_modules=TARGETS))
     merged = rankbits.cost(model, inputs=inputs, sequence_length=16)
     beside = rankbits.cost(model, inputs=inputs, sequence_length=16, adapters="unmerged")
     convolutions = sum(4 * 16 * layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Conv2d))
     assert sum(product.macs for product in merged.products if product.op == "conv") == convolutions
-    # Eight layers with one square of 4 x 4: rows of 16 latents, and of three words for keys and values of words.
-    assert beside.macs - merged.macs == 4 * (6 * 16 + 2 * 3) * 4 * 4
+    # Six layers read 16 places of four images, and keys and values of words three words each.
+    assert beside.macs - merged.macs == 4 * 4 * (6 * 16 * (16 + 16) + 2 * 3 * (8 + 16))
 
 
 def test_what_leaves_loads_without_rankbits(tmp_path: Path) -> None:
