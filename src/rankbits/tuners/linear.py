@@ -202,7 +202,7 @@ class LinearTuner(BaseTuner, ABC):
                 f"{type(self.model).__name__} names none: expected names of its linear layers, such as ['to_q', "
                 "'to_k', 'to_v', 'to_out.0'] in attentions of diffusers, or 'all-linear'"
             )
-        prepared: PeftConfig = super()._prepare_adapter_config(peft_config, model_config)
+        prepared: PeftConfig = super()._prepare_adapter_config(peft_config, dict(model_config))
         return prepared
 
     def _create_and_replace(
