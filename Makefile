@@ -75,7 +75,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard requirements/*.txt)
 		"$$found" -m venv --clear $(VENV); \
 	fi; \
 	touch $(UNFINISHED); \
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,report,quickstart,gguf]'; \
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,report,quickstart,gguf,diffusion]'; \
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements/embedded.txt; \
 	rm -f $(UNFINISHED); \
 	touch $(INSTALLED)

@@ -23,6 +23,7 @@ PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),
     ("q_lin", "k_lin", "v_lin"),
     ("q", "k", "v"),
+    ("to_q", "to_k", "to_v"),
 )
 """Last names of the layers of one block that make queries, keys and values, as the tuner knows them."""
 READERS_OF_ONE_TENSOR = (
@@ -30,6 +31,7 @@ READERS_OF_ONE_TENSOR = (
     frozenset({"gate_proj", "up_proj"}),
     frozenset({"wi_0", "wi_1"}),
     frozenset({"w1", "w3"}),
+    frozenset({"add_q_proj", "add_k_proj", "add_v_proj"}),
 )
 """Names of layers of one block that read the same tensor, as the tuner groups them."""
 QUERIES = frozenset(queries for queries, _, _ in PROJECTIONS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,6 +137,27 @@ class AdapterLinear(nn.Module, BaseTunerLayer, ABC):
             self.merged_adapters.pop()
             self.set_base_weight(self._originals.pop().to(self.get_base_weight().device))
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Refuse every strength but 1, which diffusers' `set_adapters` sets where it is given none.
+
+        Args:
+            adapter: whose strength.
+            scale: factor of its update.
+
+        Raises:
+            ValueError: `scale` is not 1; nothing has changed.
+        """
+        if scale != 1.0:
+            raise ValueError(
+                f"a strength of {scale} was given for {adapter!r}, but a {type(self).__name__} adds its update as it "
+                "was trained: expected 1.0. As plain LoRA (rankbits.export, to='lora') it can be given any"
+            )
+
+    def scale_layer(self, scale: float) -> None:
+        """The same for the active adapters, which diffusers' `fuse_lora` and the calls of its models ask for."""
+        for adapter in self.active_adapters:
+            self.set_scale(adapter, scale)
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging the adapter would add to the base weight, in the base layer's shape and dtype."""
         weight = self.get_base_weight()
@@ -172,6 +193,17 @@ class LinearTuner(BaseTuner, ABC):
     layer_class: type[AdapterLinear]
 
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: Mapping[str, Any]) -> PeftConfig:
+        # PEFT would fail on the key: a config of diffusers names no architecture whose usual layers could be meant.
+        if getattr(peft_config, "target_modules", None) is None and "model_type" not in model_config:
+            raise ValueError(
+                "`target_modules`=None stands for the usual layers of an architecture, but "
+                f"{type(self.model).__name__} names none: expected names of its linear layers, such as ['to_q', "
+                "'to_k', 'to_v', 'to_out.0'] in attentions of diffusers, or 'all-linear'"
+            )
+        prepared: PeftConfig = super()._prepare_adapter_config(peft_config, dict(model_config))
+        return prepared
 
     def _create_and_replace(
         self,

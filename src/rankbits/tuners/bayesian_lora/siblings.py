@@ -10,15 +10,17 @@ PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),
     ("q_lin", "k_lin", "v_lin"),
     ("q", "k", "v"),
+    ("to_q", "to_k", "to_v"),
 )
-"""Names of an attention's children that make queries, keys and values, in the architectures of transformers."""
+"""Names of an attention's children that make queries, keys and values; the last are those of diffusers."""
 READERS_OF_ONE_TENSOR = (
     *map(frozenset, PROJECTIONS),
     frozenset({"gate_proj", "up_proj"}),
     frozenset({"wi_0", "wi_1"}),
     frozenset({"w1", "w3"}),
+    frozenset({"add_q_proj", "add_k_proj", "add_v_proj"}),
 )
-"""Names of children of one module that read the same tensor, in the architectures of transformers."""
+"""Names of children of one module that read the same tensor; the last are those of diffusers."""
 QUERIES = frozenset(queries for queries, _, _ in PROJECTIONS)
 """In cross-attention the queries read another tensor than keys and values."""
 CROSS_ATTENTION = ("encdecattention", "encoder_attn", "crossattention", "cross_attn")
@@ -33,9 +35,16 @@ def sibling_names(parent: nn.Module, key: str) -> tuple[str, ...]:
     """
     path, _, own = key.rpartition(".")
     group = next((names for names in READERS_OF_ONE_TENSOR if own in names), frozenset({own}))
-    if any(mark in path.lower() for mark in CROSS_ATTENTION):
+    if _is_cross_attention(parent, path, own):
         group = group & QUERIES if own in QUERIES else group - QUERIES
     return tuple(name for name, _ in parent.named_children() if name in group)
+
+
+def _is_cross_attention(parent: nn.Module, path: str, own: str) -> bool:
+    if own.startswith("to_"):
+        # In diffusers both kinds of attention have one class and no telling name; most say which they are.
+        return bool(getattr(parent, "is_cross_attention", True))
+    return any(mark in path.lower() for mark in CROSS_ATTENTION)
 
 
 def projection_names(block: nn.Module) -> tuple[str, str, str] | None:
