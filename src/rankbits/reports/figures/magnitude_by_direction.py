@@ -65,7 +65,8 @@ def magnitude_by_direction(points: Sequence[WeightChangeRecord]) -> Figure:
     """
     if not points:
         raise ValueError("no points to draw: expected at least one WeightChangeRecord")
-    kinds, methods = (dict.fromkeys(values) for values in zip(*((p.kind, p.method) for p in points), strict=True))
+    kinds = dict.fromkeys(point.kind for point in points)
+    methods = list(dict.fromkeys(point.method for point in points))
     panels = [
         _Panel(method, kind, found)
         for kind in kinds
@@ -84,7 +85,7 @@ def magnitude_by_direction(points: Sequence[WeightChangeRecord]) -> Figure:
         f"Correlations: {correlations}.",
         columns=COLUMNS,
         rows=[(point.method, point.layer, point.step, point.magnitude, point.direction) for point in points],
-        draw=partial(_draw, panels, list(methods), steps),
+        draw=partial(_draw, panels, methods, steps),
     )
 
 
