@@ -125,10 +125,12 @@ def _step_keys(steps: list[int]) -> list[Key]:
 
 def _draw_panel(axes: Axes, panel: _Panel, keys: dict[int, Key], marker: str) -> None:
     for step, key in keys.items():
+        # The smaller marks of early checkpoints lie on the larger ones of late checkpoints, so that both are seen.
         held = [point for point in panel.points if point.step == step]
         axes.plot(
             [point.direction for point in held], [point.magnitude for point in held], color=key.colour, marker=marker,
-            markersize=key.size, linestyle="none", markeredgewidth=0, alpha=0.85, zorder=3,
+            markersize=key.size, linestyle="none", markeredgewidth=0, alpha=0.85,
+            zorder=10 - key.size,
         )  # fmt: skip
     if panel.correlation:
         slope, start = linear_regression(panel.across, panel.upwards)

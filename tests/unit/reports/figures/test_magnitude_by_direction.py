@@ -80,6 +80,9 @@ def test_methods_have_markers_and_checkpoints_colours_and_sizes(points: list[Wei
     assert looks == looks[:1] * 6
     assert [size for _, size in looks[0]] == sorted({size for _, size in looks[0]})
     assert len({colour for colour, _ in looks[0]}) == 3
+    heights = [line.get_zorder() for line in panels[0]]
+    assert heights == sorted(heights, reverse=True)
+    assert len(set(heights)) == 3
 
 
 def test_each_panel_says_its_correlation(points: list[WeightChangeRecord], texts: Callable[..., list[str]]) -> None:
