@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rankbits.training.rank_callback import DyloraCallback as DyloraCallback
     from rankbits.training.rank_schedule import DyloraSchedule as DyloraSchedule
     from rankbits.training.schedule import GateSchedule as GateSchedule
+    from rankbits.training.weight_change_callback import WeightChangeCallback as WeightChangeCallback
     from rankbits.tuners.bayesian_lora import BayesianLoraConfig as BayesianLoraConfig
     from rankbits.tuners.bayesian_lora import harden as harden
     from rankbits.tuners.bayesian_lora import summarize as summarize
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from rankbits.tuners.dylora import set_rank as set_rank
     from rankbits.tuners.mora import MoraConfig as MoraConfig
     from rankbits.tuners.sbora import SboraConfig as SboraConfig
+    from rankbits.tuners.weight_change import merged_weights as merged_weights
+    from rankbits.tuners.weight_change import weight_change as weight_change
 
 __version__ = "0.1.0"
 
@@ -52,15 +55,18 @@ _PUBLIC = {
     "MoraConfig": "rankbits.tuners.mora",
     "RankbitsCallback": "rankbits.training.callback",
     "SboraConfig": "rankbits.tuners.sbora",
+    "WeightChangeCallback": "rankbits.training.weight_change_callback",
     "cost": "rankbits.accounting.measure",
     "cost_table": "rankbits.reports.cost_table",
     "export": "rankbits.export",
     "harden": "rankbits.tuners.bayesian_lora",
+    "merged_weights": "rankbits.tuners.weight_change",
     "optimizer_and_scheduler": "rankbits.training.groups",
     "regularization_loss": "rankbits.training.objective",
     "set_rank": "rankbits.tuners.dylora",
     "summarize": "rankbits.tuners.bayesian_lora",
     "summary": "rankbits.tuners.bayesian_lora.summary",
+    "weight_change": "rankbits.tuners.weight_change",
 }
 __all__ = [
     "AdaloraCallback",
@@ -75,16 +81,19 @@ __all__ = [
     "MoraConfig",
     "RankbitsCallback",
     "SboraConfig",
+    "WeightChangeCallback",
     "__version__",
     "cost",
     "cost_table",
     "export",
     "harden",
+    "merged_weights",
     "optimizer_and_scheduler",
     "regularization_loss",
     "set_rank",
     "summarize",
     "summary",
+    "weight_change",
 ]
 
 

@@ -19,6 +19,7 @@ from rankbits.records.run import (
     Site,
     TrainingRecord,
 )
+from rankbits.records.weight_change import WeightChangeRecord
 
 __all__ = [
     "ADAPTER_SITES",
@@ -37,6 +38,7 @@ __all__ = [
     "ScoreRecord",
     "Site",
     "TrainingRecord",
+    "WeightChangeRecord",
     "WeightRecord",
     "marginals",
     "rank_gates",

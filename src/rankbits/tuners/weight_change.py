@@ -10,6 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rankbits.errors import ModelError
+
 PEFT_PREFIX = "base_model.model."
 
 
@@ -39,7 +41,7 @@ def weight_change(before: Tensor, after: Tensor) -> WeightChange:
     """
     if before.shape != after.shape:
         raise ValueError(f"before has the shape {list(before.shape)}, after has {list(after.shape)}; expected the same")
-    first, last = before.double(), after.double()
+    first, last = before.detach().double(), after.detach().double()
     norms, moved = first.norm(dim=1), last.norm(dim=1)  # [out_features] each
     directed = (norms > 0.0) & (moved > 0.0)
     cosines = (first * last).sum(dim=1)[directed] / (norms * moved)[directed]
@@ -59,8 +61,9 @@ def merged_weights(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str,
 
     Raises:
         MergeError: an adapter of ours that cannot be merged.
+        ModelError: a wanted layer holds its weight as codes of 4 or 8 bits.
     """
-    return {name: _merged(layer) for name, layer in _linear_layers(model) if wanted(name)}
+    return {name: _merged(name, layer) for name, layer in _linear_layers(model) if wanted(name)}
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -75,9 +78,11 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name.removeprefix(PEFT_PREFIX), module
 
 
-def _merged(layer: nn.Module) -> Tensor:
+def _merged(name: str, layer: nn.Module) -> Tensor:
     adapted: Any = layer if isinstance(layer, BaseTunerLayer) else None
     base: Any = layer if adapted is None else adapted.get_base_layer()
+    if not base.weight.is_floating_point():
+        raise ModelError(f"layer {name} holds its weight as codes ({base.weight.dtype}), expected floating point")
     merged = kept = base.weight.detach().clone()
     if adapted is not None:
         adapted.merge()

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rankbits import MoraConfig
+from rankbits.errors import ModelError
 from rankbits.tuners.weight_change import merged_weights, weight_change
 
 
@@ -67,3 +68,14 @@ def test_a_model_without_adapters_and_ours_have_the_same_names(mlp, rows) -> Non
     assert list(moved) == list(plain)
     assert weight_change(plain["2"], moved["2"]).direction > 0.0
     assert not model.base_model.model[2].merged
+
+
+def test_parameters_are_measured_like_other_tensors() -> None:
+    assert weight_change(nn.Parameter(torch.ones(1, 2)), torch.ones(1, 2)).magnitude == 0.0
+
+
+def test_weights_held_as_codes_are_refused() -> None:
+    layer = nn.Linear(2, 2)
+    layer.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match=r"layer 0 holds its weight as codes \(torch.int8\), expected floating point"):
+        merged_weights(nn.Sequential(layer), lambda name: True)

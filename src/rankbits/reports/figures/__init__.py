@@ -10,12 +10,14 @@ from rankbits.reports.figures.bits import bits_by_matrix, bits_by_quantizer, bit
 from rankbits.reports.figures.breakdown import cost_by_product
 from rankbits.reports.figures.certainty import certainty
 from rankbits.reports.figures.figure import Figure, Runs
+from rankbits.reports.figures.files import write_figures
+from rankbits.reports.figures.magnitude_by_direction import magnitude_by_direction
 from rankbits.reports.figures.ranks import ranks
 from rankbits.reports.figures.tradeoff import score_by_bops, score_by_bytes
 from rankbits.reports.figures.training import training
 from rankbits.reports.tables import labels
 
-__all__ = ["Figure", "ReportFigures", "report_figures"]
+__all__ = ["Figure", "ReportFigures", "magnitude_by_direction", "report_figures", "write_figures"]
 
 Maker = Callable[[Runs], Figure | None]
 OF_ONE: tuple[Maker, ...] = (ranks, bits_by_quantizer, bits_by_matrix, certainty, training, cost_by_product)

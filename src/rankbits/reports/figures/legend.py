@@ -17,13 +17,17 @@ _LINE = LINE * 1.3
 
 @dataclass(frozen=True)
 class Key:
-    """One entry: a name, its colour, and what tells it apart without colour: a mark, dashes or a hatch."""
+    """One entry: a name, its colour, and what tells it apart without colour: a mark, dashes or a hatch.
+
+    `size` is that of the mark, in points.
+    """
 
     name: str
     colour: str
     marker: str = ""
     dashes: Any = ""
     hatch: str | None = None
+    size: float = 6.0
 
 
 def marked(names: Iterable[str]) -> list[Key]:
@@ -90,6 +94,6 @@ def _draw_handle(axes: Any, key: Key, x: float, y: float) -> None:
         axes.plot(
             [x, x + 0.3] if key.dashes else [x + 0.2],
             [y, y] if key.dashes else [y],
-            color=key.colour, marker=key.marker, linestyle=key.dashes or "none", linewidth=1.8, markersize=6,
+            color=key.colour, marker=key.marker, linestyle=key.dashes or "none", linewidth=1.8, markersize=key.size,
             markeredgewidth=0,
         )  # fmt: skip
