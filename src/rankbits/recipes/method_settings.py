@@ -50,14 +50,18 @@ class SboraSettings(BaseModel):
 
     model_config = STRICT
     variant: Literal["fa", "fb"] | None = Field(
-        default=None, description="fa, fb, or null for what the method's name says, fa for qsbora"
+        default=None, description="fa, fb, or null for what the method's name says, else fa"
     )
     seed: int = Field(default=0, ge=0, description="a whole number of at least 0: draws the rows or columns")
     disjoint: bool = Field(
-        default=False, description="true or false: share no row or column with another adapter of the base"
+        default=False,
+        description="true or false: share no row or column with another adapter of the base, as multi-sbora never does",
     )
     first: int = Field(
-        default=0, ge=0, description="a whole number of at least 0: place in each layer's random order to begin at"
+        default=0,
+        ge=0,
+        description="a whole number of at least 0: place in each layer's random order to begin at, for a further task "
+        "the sum of the ranks of those before it",
     )
 
 

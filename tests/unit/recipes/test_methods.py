@@ -99,6 +99,8 @@ def test_keys_of_mora() -> None:
         ("qsbora", "null", "fa"),
         ("qsbora", "fb", "fb"),
         ("sbora-fb", "fb", "fb"),
+        ("multi-sbora", "null", "fa"),
+        ("multi-sbora", "fb", "fb"),
     ],
 )
 def test_keys_of_sbora(method: str, given: str, variant: str) -> None:
@@ -106,6 +108,8 @@ def test_keys_of_sbora(method: str, given: str, variant: str) -> None:
     config = _config(method, "adapter.alpha=5", *(f"adapter.sbora.{change}" for change in changes))
     assert isinstance(config, SboraConfig)
     assert _fields(config, "r", "alpha", "variant", "seed", "first", "disjoint") == [4, 5, variant, 7, 3, True]
+    # What makes several tasks of it is that none takes what another has, whether the recipe repeats that or not.
+    assert _config(method).disjoint == (method == "multi-sbora")
 
 
 def test_keys_of_dylora() -> None:
