@@ -1,13 +1,14 @@
-"""A configuration of every method of ours in each of its modes, for models of transformers, and two tiny such models."""
+"""A configuration of every method of ours in each of its modes, and two tiny models of transformers to adapt."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from peft import PeftConfig
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
 from tiny_models import BERT, LLAMA, live
-from torch import nn
+from torch import Tensor, nn
 
 from rankbits import BayesianLoraConfig, BottleneckConfig, DyloraConfig, MoraConfig, SboraConfig
 from rankbits.accounting.architectures.read import Head
@@ -44,10 +45,24 @@ UNMERGEABLE = (*BOTTLENECKS, "bayesian-lora q", "bayesian-lora q+ra")
 
 
 def base(model: str) -> nn.Module:
-    """A tiny classifier ("encoder") or language model ("decoder") with random weights."""
+    """A tiny classifier ("encoder") or language model ("decoder"), with the same random weights whenever it is made."""
+    torch.manual_seed(3)
     if model == "encoder":
         still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         made: nn.Module = live(BERT | {"model_type": "bert"} | still, Head.CLASSIFICATION)
     else:
         made = live(LLAMA, Head.LANGUAGE_MODEL)
     return made
+
+
+def batch(model: str) -> dict[str, Tensor]:
+    """Four rows with labels."""
+    ids = torch.randint(2, 30, (4, 6), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": torch.tensor([0, 1, 2, 0]) if model == "encoder" else ids}
+
+
+def adapted(model: str, method: str, *, dtype: torch.dtype = torch.float32, **settings: Any) -> PeftModel:
+    """A tiny model with one adapter, the same whenever it is made."""
+    made = base(model).to(dtype)
+    torch.manual_seed(4)
+    return get_peft_model(made, CONFIGS[method](model, **settings))
