@@ -154,6 +154,7 @@ def test_keys_of_virtual_tokens() -> None:
 
 
 def test_keys_of_a_base_in_four_bits() -> None:
+    pytest.importorskip("bitsandbytes")
     usual = four_bits.quantization(load("quickstart", ["method=qlora", "adapter.modules_to_save=[pooler]"]))
     assert usual is not None
     names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
