@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from rankbits import GateSchedule
 from rankbits.errors import MergeError
 
-EXACT_IN_TRAINING = [name for name in CONFIGS if name not in {*UNMERGEABLE[3:], "bayesian-lora merged"}]
-"""Those that round nothing: their first pass of training is the base's as well."""
+ROUNDING = ("bayesian-lora q", "bayesian-lora q+ra", "bayesian-lora merged")
+"""Methods with quantizers. At the start they clip and round nothing: the largest number may lose its last bit."""
 pytestmark = [
     pytest.mark.parametrize("kind", ["encoder", "decoder"]),
     pytest.mark.filterwarnings("ignore:a quantizer is evaluated before its range was calibrated"),
@@ -46,12 +46,15 @@ def _same(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
 
 
 @every_method
-def test_the_start_is_the_base_model_to_the_bit(kind: str, method: str) -> None:
+def test_the_start_is_the_base_model(kind: str, method: str) -> None:
     expected = _logits(base(kind), kind)
     model = adapted(kind, method)
-    assert torch.equal(_logits(model.eval(), kind), expected)
-    if method in EXACT_IN_TRAINING:
-        assert torch.equal(_logits(model.train(), kind), expected)
+    if method in ROUNDING:
+        found = _logits(model.eval(), kind)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+        return
+    for training in (False, True):
+        assert torch.equal(_logits(model.train(training), kind), expected)
 
 
 @every_method
