@@ -30,7 +30,10 @@ import rankbits
 for folder in [path for path in Path().iterdir() if path.is_dir()]:
     kind = folder.name.partition(" ")[0]
     model = PeftModel.from_pretrained(base(kind), folder).eval()
-    print(folder.name, torch.equal(model(**batch(kind)).logits, torch.load(f"{folder.name}.pt")), sep=": ")
+    found, expected = model(**batch(kind)).logits.detach(), torch.load(f"{folder.name}.pt")
+    # PyTorch folds a product of three dimensions or not by whether the matrix is trained, which it no longer is here.
+    near = bool((found - expected).abs().max() <= 1e-6 * expected.abs().max())
+    print(folder.name, near, sep=": ")
 """
 TRAIN = """
 import sys, torch
