@@ -12,6 +12,14 @@ ROTATION_BELOW = 64
 ROTATION, SHARING = "rotation", "sharing"
 BLOCKWISE = ("decoupling", ROTATION)
 """Kinds that multiply every block of the input."""
+NUMBERED = {
+    1: SHARING,
+    2: "sharing_adjacent",
+    3: "sharing_adjacent_inputs",
+    4: "sharing_adjacent_outputs",
+    6: ROTATION,
+}
+"""The numbers that the code of Jiang et al. 2024 gives to kinds."""
 
 
 def usual_kind(rank: int) -> str:

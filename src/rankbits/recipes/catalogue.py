@@ -146,6 +146,15 @@ METHODS: tuple[Method, ...] = (
         sections=("sbora", NF4),
     ),
     Method(
+        name="multi-sbora",
+        trains="r columns or rows of every weight that no other task of the base has (adapter.sbora.first)",
+        learns=NEITHER,
+        merges="exactly, several tasks together; each comes out again by itself, bit for bit",
+        exports=EXACT_LORA,
+        paper="Po et al. 2024, SBoRA",
+        sections=("sbora",),
+    ),
+    Method(
         name="dylora",
         trains="LoRA's update at a rank that is drawn anew for every step",
         learns="neither, but every rank up to r can be chosen afterwards",

@@ -55,8 +55,10 @@ def spec_of(recipe: Recipe, shape: ModelShape, head: Head) -> MethodSpec:
 
 
 def method_of(recipe: Recipe) -> Method:
-    """The member of the family that a recipe names; qsbora is two of them."""
-    return Method(f"qsbora-{sbora_variant(recipe)}" if recipe.method == "qsbora" else recipe.method)
+    """The member of the family that a recipe names; qsbora and multi-sbora are two of them, by what they fix."""
+    families = {"qsbora": "qsbora", "multi-sbora": "sbora"}
+    family = families.get(recipe.method)
+    return Method(f"{family}-{sbora_variant(recipe)}" if family else recipe.method)
 
 
 def base_of(recipe: Recipe) -> Base:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
-from rankbits.accounting.mora import usual_kind
+from rankbits.accounting.mora import NUMBERED, usual_kind
 from rankbits.recipes.fields import STRICT, Count, Positive, Share, Text, Weight
 
 
@@ -31,7 +31,8 @@ class MoraSettings(BaseModel):
     ) = Field(
         default=None,
         description="truncation, sharing, sharing_adjacent, sharing_adjacent_inputs, sharing_adjacent_outputs, "
-        "decoupling, rotation, or null for rotation below rank 64 and sharing from it on",
+        "decoupling, rotation, a number of the paper's code (1, 2, 3, 4, 6), or null for rotation below rank 64 and "
+        "sharing from it on",
     )
     rounding: Literal["nearest", "floor"] = Field(
         default="nearest", description="nearest or floor: how the side of the matrix becomes a whole number"
@@ -39,6 +40,11 @@ class MoraSettings(BaseModel):
     fold: bool = Field(
         default=False, description="true or false: add results beyond the outputs to the first ones, or cut them off"
     )
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _number_as_name(cls, given: object) -> object:
+        return NUMBERED.get(given, given) if type(given) is int else given
 
     def kind(self, r: int) -> str:
         """The type, the usual one for a rank where none is given."""
@@ -50,14 +56,18 @@ class SboraSettings(BaseModel):
 
     model_config = STRICT
     variant: Literal["fa", "fb"] | None = Field(
-        default=None, description="fa, fb, or null for what the method's name says, fa for qsbora"
+        default=None, description="fa, fb, or null for what the method's name says, else fa"
     )
     seed: int = Field(default=0, ge=0, description="a whole number of at least 0: draws the rows or columns")
     disjoint: bool = Field(
-        default=False, description="true or false: share no row or column with another adapter of the base"
+        default=False,
+        description="true or false: share no row or column with another adapter of the base, as multi-sbora never does",
     )
     first: int = Field(
-        default=0, ge=0, description="a whole number of at least 0: place in each layer's random order to begin at"
+        default=0,
+        ge=0,
+        description="a whole number of at least 0: place in each layer's random order to begin at, for a further task "
+        "the sum of the ranks of those before it",
     )
 
 

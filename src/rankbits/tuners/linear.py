@@ -250,6 +250,48 @@ class LinearTuner(BaseTuner, ABC):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        entries: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            cls.check_saved(model, adapter_name, entries)
+        except ValueError:
+            # PEFT has put an empty adapter in by now, which must not stay beside those that were there.
+            if len(getattr(model, "peft_config", ())) > 1:
+                model.delete_adapter(adapter_name)  # type: ignore[operator]
+            raise
+        return entries
+
+    @classmethod
+    def check_saved(cls, model: nn.Module, adapter_name: str, entries: dict[str, Tensor]) -> None:
+        """Check what is about to be loaded into an adapter.
+
+        Args:
+            model: with the adapter, as it starts.
+            adapter_name: which adapter.
+            entries: saved tensors by their names in the model.
+
+        Raises:
+            ValueError: a tensor of the method has no place in the model, or another shape there.
+        """
+        listed = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        present = {name: tensor.shape for tensors in listed for name, tensor in tensors}
+        problems = []
+        for name, saved in entries.items():
+            if name not in present:
+                # PEFT would leave it out without a word.
+                problems += [f"{name} is not in it"] if cls.prefix in name else []
+            elif present[name] != saved.shape:
+                problems.append(f"{name} was saved as {list(saved.shape)} and is {list(present[name])} here")
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise ValueError(
+                f"adapter {adapter_name!r} does not fit this model: {problems[0]}{more}. Load it onto the base model "
+                "that it was trained on"
+            )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # Without this hook PEFT would ignore the argument and answer every row with the active adapter.

@@ -24,6 +24,7 @@ SETTINGS = {
     "mora": ["adapter.r=2", "adapter.mora.type=sharing", "adapter.mora.rounding=floor"],
     "sbora-fa": ["adapter.r=5", "adapter.modules_to_save=[SAVED]"],
     "sbora-fb": ["adapter.r=5"],
+    "multi-sbora": ["adapter.r=5", "adapter.sbora.variant=fb", "adapter.targets=all-linear"],
     "dylora": ["adapter.r=4", "adapter.dylora.evaluation_rank=2"],
     "houlsby": ["adapter.bottleneck.reduction_factor=3"],
     "pfeiffer": ["adapter.bottleneck.size=5"],

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
 from tiny_decoder import save_tiny_decoder
 from tiny_encoder import save_tiny_encoder
+from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -23,11 +26,17 @@ from rankbits.recipes.load import load
 from rankbits.recipes.question import from_recipe
 from rankbits.recipes.run import evaluate, run
 from rankbits.recipes.schema import Recipe
+from rankbits.tuners.sbora import sbora_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 FOUR_BIT = ("qlora", "qdora", "qsbora")
 QUICK = ("mora", "prompt")
 """Run by `make test`; each of the others takes some seconds too."""
+
+
+def _need_what_holds_the_base(method: str) -> None:
+    if method in FOUR_BIT:
+        pytest.importorskip("bitsandbytes")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +83,7 @@ def _recipe(work: Path, method: str, *changes: str, decoder: bool = False, outpu
 )
 @pytest.mark.parametrize("decoder", [False, True], ids=["encoder", "decoder"])
 def test_a_method_runs_is_scored_again_and_is_what_was_estimated(work: Path, method: str, decoder: bool) -> None:
+    _need_what_holds_the_base(method)
     recipe, told = _recipe(work, method, decoder=decoder), []
     if method == "feature-based" and decoder:
         with pytest.raises(ModelError, match="tied to the table of embeddings cannot train without changing"):
@@ -110,12 +120,13 @@ class _StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-RESUMED = ["dora", "qlora", "mora", "qsbora", "dylora", "adalora", "houlsby", "prefix", "prompt"]
+RESUMED = ["dora", "qlora", "mora", "qsbora", "multi-sbora", "dylora", "adalora", "houlsby", "prefix", "prompt"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [*RESUMED, "full", "top-layer", "feature-based"])
 def test_a_run_that_is_resumed_ends_as_one_that_was_not(work: Path, method: str) -> None:
+    _need_what_holds_the_base(method)
     whole = run(_recipe(work, method, output=f"{method}-whole"), command="test")
     broken = _recipe(work, method, output=f"{method}-broken")
     with pytest.raises(KeyboardInterrupt):
@@ -192,3 +203,59 @@ def test_a_whole_model_is_saved_for_other_tools(work: Path) -> None:
     (work / "whole" / "model" / "model.safetensors").unlink()
     with pytest.raises(RunFolderError, match="cannot be loaded"):
         evaluate(work / "whole")
+
+
+@pytest.mark.slow
+def test_tasks_run_apart_meet_in_one_base_and_leave_it_one_by_one(work: Path) -> None:
+    folders = {}
+    for task, changes in {"one": (), "two": ("adapter.sbora.first=2", "training.seed=7")}.items():
+        recipe = _recipe(work, "multi-sbora", *changes, output=task)
+        run(recipe, command="test")
+        folders[task] = Path(str(recipe.output)) / "adapter"
+    base = AutoModelForSequenceClassification.from_pretrained(work / "encoder", num_labels=2)
+    model = PeftModel.from_pretrained(base, folders["one"], adapter_name="one")
+    model.load_adapter(folders["two"], adapter_name="two")
+    layers = [layer for _, layer in sbora_layers(model)]
+    assert all(len({*layer.indices_of("one"), *layer.indices_of("two")}) == 4 for layer in layers)
+
+    def weights() -> list[Tensor]:
+        return [layer.get_base_layer().weight.detach().clone() for layer in layers]
+
+    def equal(some: list[Tensor], others: list[Tensor]) -> bool:
+        return all(torch.equal(*pair) for pair in zip(some, others, strict=True))
+
+    before = weights()
+    model.merge_adapter(["two"])
+    alone = weights()
+    model.merge_adapter(["one"])
+    both = weights()
+    model.unmerge_adapter(["two"])
+    assert not equal(weights(), before)
+    model.merge_adapter(["two"])
+    assert equal(weights(), both)
+    model.unmerge_adapter(["one"])
+    assert equal(weights(), alone)
+    model.unmerge_adapter(["two"])
+    assert equal(weights(), before)
+
+
+@pytest.mark.slow
+def test_a_task_that_does_not_say_where_it_begins_is_not_loaded_beside_another(work: Path) -> None:
+    folders = []
+    for task in ("first", "same"):
+        recipe = _recipe(work, "multi-sbora", output=f"{task}-task")
+        run(recipe, command="test")
+        folders.append(Path(str(recipe.output)) / "adapter")
+    base = AutoModelForSequenceClassification.from_pretrained(work / "encoder", num_labels=2)
+    model = PeftModel.from_pretrained(base, folders[0], adapter_name="first")
+    with pytest.raises(
+        ValueError, match=r"'same' was saved with rows or columns \[.*\] of '.*', which belong to 'first'"
+    ):
+        model.load_adapter(folders[1], adapter_name="same")
+
+
+def test_a_task_that_does_not_fit_is_refused_before_anything_is_written(work: Path) -> None:
+    recipe = _recipe(work, "multi-sbora", "adapter.sbora.first=31", output="too-many")
+    with pytest.raises(ModelError, match=r"asks for r=2 rows or columns of '.*', of which 1 are left: of 32"):
+        run(recipe, command="test")
+    assert not (work / "too-many").exists()

@@ -6,6 +6,7 @@ from pydantic import BaseModel
 from transformers import BertConfig, BertForSequenceClassification, DebertaV2Config, DebertaV2ForSequenceClassification
 
 from rankbits import BottleneckConfig, DyloraConfig, MoraConfig, SboraConfig
+from rankbits.accounting import mora as counted
 from rankbits.errors import ModelError, RecipeError
 from rankbits.recipes import four_bits
 from rankbits.recipes.catalogue import METHODS as DESCRIBED
@@ -16,6 +17,7 @@ from rankbits.recipes.methods import METHODS, WITHOUT_ADAPTERS, attach
 from rankbits.recipes.run_folder import METHOD_SECTIONS, work_of
 from rankbits.recipes.schema import AdapterSection
 from rankbits.records import recipe_hash
+from rankbits.tuners.mora.update import NUMBERED
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
@@ -91,6 +93,13 @@ def test_keys_of_mora() -> None:
     assert _fields(config, "mora_type", "rounding", "fold", "dropout") == ["decoupling", "floor", True, 0.5]
 
 
+@pytest.mark.parametrize("number", NUMBERED)
+def test_numbers_of_mora_s_code_stand_for_names(number: int) -> None:
+    recipe = load("quickstart", ["method=mora", f"adapter.mora.type={number}"])
+    assert recipe.adapter.mora.type == NUMBERED[number].value == counted.NUMBERED[number]
+    assert recipe == load("quickstart", ["method=mora", f"adapter.mora.type={NUMBERED[number].value}"])
+
+
 @pytest.mark.parametrize(
     ("method", "given", "variant"),
     [
@@ -99,6 +108,8 @@ def test_keys_of_mora() -> None:
         ("qsbora", "null", "fa"),
         ("qsbora", "fb", "fb"),
         ("sbora-fb", "fb", "fb"),
+        ("multi-sbora", "null", "fa"),
+        ("multi-sbora", "fb", "fb"),
     ],
 )
 def test_keys_of_sbora(method: str, given: str, variant: str) -> None:
@@ -106,6 +117,8 @@ def test_keys_of_sbora(method: str, given: str, variant: str) -> None:
     config = _config(method, "adapter.alpha=5", *(f"adapter.sbora.{change}" for change in changes))
     assert isinstance(config, SboraConfig)
     assert _fields(config, "r", "alpha", "variant", "seed", "first", "disjoint") == [4, 5, variant, 7, 3, True]
+    # What makes several tasks of it is that none takes what another has, whether the recipe repeats that or not.
+    assert _config(method).disjoint == (method == "multi-sbora")
 
 
 def test_keys_of_dylora() -> None:
@@ -141,7 +154,7 @@ def test_keys_of_virtual_tokens() -> None:
 
 
 def test_keys_of_a_base_in_four_bits() -> None:
-    pytest.importorskip("bitsandbytes", reason="transformers asks it for its version")
+    pytest.importorskip("bitsandbytes")
     usual = four_bits.quantization(load("quickstart", ["method=qlora", "adapter.modules_to_save=[pooler]"]))
     assert usual is not None
     names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
@@ -217,6 +230,7 @@ def test_settings_of_the_method_are_part_of_the_work() -> None:
         (["method=dylora", "adapter.dylora.evaluation_rank=9"], "adapter.dylora.evaluation_rank: given 9, expected at"),
         (["method=dylora", "adapter.dylora.evaluate_ranks=[2,9]"], "given [2, 9], expected at most r=8 each"),
         (["method=prefix", "training.gradient_checkpointing=true"], "training.gradient_checkpointing: given true"),
+        (["adapter.mora.type=5"], "adapter.mora.type: given 5, expected truncation, sharing,"),
         (["adapter.mora.type=tiles"], "adapter.mora.type: given the text 'tiles', expected truncation, sharing,"),
         (["adapter.mora.kind=sharing"], "adapter.mora.kind: unknown key; nearest valid key: adapter.mora"),
         (["adapter.prompt.init=text"], "adapter.prompt.text: given nothing (the default), expected a text where"),

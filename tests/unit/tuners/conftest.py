@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from rankbits import BayesianLoraConfig, GateSchedule
 from rankbits.tuners.bayesian_lora import adapted_layers
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parents[1] / "tiny"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,10 +1,11 @@
 """What every tuner of linear layers shares: dtypes in and out, what is left when adapters go."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -86,3 +87,31 @@ def test_a_second_adapter_that_cannot_be_added_leaves_the_first(mlp, rows, metho
     assert model.active_adapters == ["default"]
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
     assert torch.equal(model(rows), expected)
+
+
+def _three(*widths: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(widths[0], widths[1]), nn.Tanh(), nn.Linear(widths[1], widths[2]))
+
+
+@pytest.mark.filterwarnings("ignore:.*never stepped")
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (_three(12, 14, 9), r"base_model\.model\.[02]\..* was saved as \[.*\] and is \[.*\] here"),
+        (nn.Sequential(nn.Linear(12, 10), nn.Tanh()), r"base_model\.model\.2\..* is not in it"),
+    ],
+    ids=["other widths", "fewer layers"],
+)
+def test_an_adapter_of_another_base_is_not_loaded_and_leaves_what_is_there(mlp, tmp_path, method, other, said) -> None:
+    get_peft_model(mlp, CONFIGS[method](["0", "2"])).save_pretrained(tmp_path)
+    model = get_peft_model(copy.deepcopy(other), CONFIGS[method](["0"]), adapter_name="present").eval()
+    x = torch.randn(3, 12)
+    expected = model(x)
+    with pytest.raises(ValueError, match=f"adapter 'late' does not fit this model: {said}"):
+        model.load_adapter(str(tmp_path), adapter_name="late")
+    # A layer that the adapter alone was put into stays wrapped, as after PEFT's delete_adapter, and computes the same.
+    assert {name for names in _adapters(model).values() for name in names} == set(model.peft_config) == {"present"}
+    assert torch.equal(model(x), expected)
+    with pytest.raises(ValueError, match=f"adapter 'late' does not fit this model: {said}"):
+        PeftModel.from_pretrained(copy.deepcopy(other), str(tmp_path), adapter_name="late")

@@ -150,7 +150,7 @@ class SboraLinear(AdapterLinear):
             if both:
                 raise ValueError(
                     f"{adapter_name!r} was saved with rows or columns {both} of {key!r}, which belong to {other!r}: "
-                    "adapters trained apart are disjoint if their configurations come from one call of task_configs"
+                    "adapters trained apart are disjoint where each begins (`first`) at the end of the one before it"
                 )
 
     def _size(self, variant: Variant) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from peft import PeftConfig
 from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
@@ -40,21 +39,17 @@ class SboraModel(LinearTuner):
                     layer.unmerge(adapter_names)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        entries: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        try:
-            for name, layer in sbora_layers(model):
-                saved = entries.get(f"{name}.sbora_indices.{adapter_name}")
-                if saved is not None and adapter_name in layer.sbora_indices:
-                    layer.check_saved(adapter_name, saved.tolist(), name)
-        except ValueError:
-            # PEFT has put an empty adapter in by now, which must not stay beside those that were there.
-            if len(getattr(model, "peft_config", ())) > 1:
-                model.delete_adapter(adapter_name)  # type: ignore[operator]
-            raise
-        return entries
+    def check_saved(cls, model: nn.Module, adapter_name: str, entries: dict[str, Tensor]) -> None:
+        """Check also the rows or columns that a saved adapter has.
+
+        Raises:
+            ValueError: a layer does not have them, or they belong to an adapter that has to be disjoint.
+        """
+        super().check_saved(model, adapter_name, entries)
+        for name, layer in sbora_layers(model):
+            saved = entries.get(f"{name}.sbora_indices.{adapter_name}")
+            if saved is not None and adapter_name in layer.sbora_indices:
+                layer.check_saved(adapter_name, saved.tolist(), name)
 
 
 def sbora_layers(model: nn.Module) -> Iterator[tuple[str, SboraLinear]]:

@@ -136,6 +136,33 @@ def test_counts_of_lora_on_other_models(model: str, targets, rank: int, paramete
     assert count(shape, MethodSpec(Method.LORA, rank=rank, targets=targets)).trainable == parameters
 
 
+FIVE = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+SIX = ("query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense", "output.dense")
+SEVEN_SITES = ("weight", "down", "diagonal", "up", "down_output", "diagonal_output", "output")
+
+
+@pytest.mark.parametrize(
+    ("model", "spec", "parameters"),
+    [
+        ("deberta-v3-base", MethodSpec(Method.ADALORA, rank=12, targets=SIX), 1_991_520),
+        ("deberta-v3-base", MethodSpec(Method.ADALORA, rank=3, targets=SIX), 497_880),
+        ("llama-7b", MethodSpec(Method.DORA, rank=16, targets=FIVE), 28_925_952),
+        ("llama2-7b", MethodSpec(Method.DORA, rank=16, targets=FIVE), 28_925_952),
+        ("llama3-8b", MethodSpec(Method.DORA, rank=16, targets=FIVE), 29_097_984),
+        ("llama-13b", MethodSpec(Method.DORA, rank=32, targets=FIVE), 89_190_400),
+        ("llama-7b", MethodSpec(Method.PREFIX, virtual_tokens=30), 7_864_320),
+        ("llama-13b", MethodSpec(Method.PREFIX, virtual_tokens=10), 4_096_000),
+        (
+            "minilm-l6",
+            MethodSpec(Method.BAYESIAN_LORA, rank=8, targets=("query", "key", "value"), sites=SEVEN_SITES),
+            111_492,
+        ),
+    ],
+)
+def test_exact_counts_of_what_was_printed_as_a_share_or_rounded(model: str, spec: MethodSpec, parameters: int):
+    assert count(read_shape(find_config(model), name=model), spec).trainable == parameters
+
+
 def test_the_reasons_that_name_numbers_are_true():
     gpt3 = read_shape(find_config("gpt3-175b"), name="gpt3-175b")
     base = base_parameters(gpt3)

@@ -1,11 +1,7 @@
-"""A model with MoRA adapters as PEFT and transformers see it: saved, loaded, mixed, trained by several processes."""
+"""A model with MoRA adapters as PEFT and transformers see it: saved, loaded, mixed, trained."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +16,6 @@ from peft import (
 from safetensors.torch import load_file
 from torch import nn
 
-import rankbits
 from rankbits import MoraConfig
 from rankbits.tuners.mora import MoraLinear, MoraModel, MoraType
 
@@ -163,61 +158,3 @@ def test_training_learns_and_leaves_the_base_alone(bert, batch) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 3
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
-
-
-PROGRAM = """
-import sys
-import torch
-from torch import nn
-from peft import get_peft_model
-import rankbits
-
-rank, store = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-for kind in sys.argv[3].split(","):
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(30, 22), nn.Tanh(), nn.Linear(22, 30))
-    model = get_peft_model(base, rankbits.MoraConfig(r=2, mora_type=kind, target_modules=["0", "2"]))
-    trained = nn.parallel.DistributedDataParallel(model)  # fails at the second step if a parameter was not used
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    rows = torch.randn(8, 30, generator=torch.Generator().manual_seed(1))
-    for _ in range(3):
-        optimizer.zero_grad()
-        trained(rows[4 * rank : 4 * rank + 4]).square().mean().backward()
-        optimizer.step()
-    torch.manual_seed(0)
-    alone = get_peft_model(
-        nn.Sequential(nn.Linear(30, 22), nn.Tanh(), nn.Linear(22, 30)),
-        rankbits.MoraConfig(r=2, mora_type=kind, target_modules=["0", "2"]),
-    )
-    optimizer = torch.optim.SGD([p for p in alone.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        alone(rows).square().mean().backward()
-        optimizer.step()
-    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-torch.distributed.destroy_process_group()
-print("equal")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs PyTorch's gloo backend")
-def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
-    source = str(Path(rankbits.__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
-    command = [sys.executable, "-c", PROGRAM]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), ",".join(KINDS)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        output, errors = process.communicate(timeout=180)
-        assert output == "equal\n", errors
