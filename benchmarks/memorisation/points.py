@@ -1,4 +1,4 @@
-"""The points of the study, in the order in which they are run: the base, the choice of each learning rate, the table."""
+"""The points of the study, in the order in which they are run: the base, the choice of learning rates, the table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from rankbits.records import RunRecord
 
 RESULTS = Path(__file__).resolve().parent / "results"
-RATES = ("2e-3", "6e-3", "2e-2")
+RATES = ("2e-3", "6e-3", "1e-2", "2e-2")
 """The same for every method, and all of them are run."""
 METHODS = ("full", "lora", "mora")
 SEEDS = (1, 2, 3)

@@ -36,9 +36,7 @@ class RecallCurve(TrainerCallback):
         own, tokenizer = self.recipe.task, kwargs["processing_class"]
         task = tasks.get(own.name)
         seed = self.recipe.training.seed
-        rows = tasks.load(
-            task, data=own.data, train_rows=own.train_rows, evaluate_on=own.evaluate_on, seed=seed
-        ).train
+        rows = tasks.load(task, data=own.data, train_rows=own.train_rows, evaluate_on=own.evaluate_on, seed=seed).train
         encoded = encoding.encode(rows, task, tokenizer, own.max_length)
         counts = recalled(kwargs["model"], tokenizer, task, rows, encoded, BATCH)
         logs[CURVE] = state.log_history[-1][CURVE] = task.score(counts, counts)[CURVE]

@@ -1,4 +1,4 @@
-"""Does MoRA learn UUID pairs by heart in fewer steps than LoRA of as many parameters? Runs the study, prints its table."""
+"""Does MoRA memorise UUID pairs in fewer steps than LoRA of as many parameters? Runs the study, prints its table."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ RUNS = Path("runs/memorisation")
 
 def measured(point: Point, changes: tuple[str, ...]) -> None:
     """Train one point in the repository's root, resuming where it stopped, and store its record."""
-    from decoder import save_untrained
     from recall_curve import RecallCurve
+    from small_decoder import save_untrained
 
     from rankbits.recipes.load import load
     from rankbits.recipes.run import run

@@ -65,21 +65,24 @@ def test_the_model_goes_on_in_the_mode_it_was_in(folder: Path) -> None:
         assert model.training == mode
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_pairs_are_learned_by_heart_and_a_finished_run_still_knows_them(folder: Path, tmp_path: Path) -> None:
-    changes = [
+def _changes(folder: Path, output: Path, method: str, steps: int) -> list[str]:
+    return [
         f"model={folder}",
-        "method=lora",
+        f"method={method}",
         "task.name=memorisation",
         "task.train_rows=4",
         "task.max_length=66",
-        "adapter.targets=all-linear",
         "training.epochs=null",
-        "training.max_steps=60",
+        f"training.max_steps={steps}",
         "training.batch_size=4",
         "training.learning_rate=2e-2",
-        f"output={tmp_path / 'run'}",
+        f"output={output}",
     ]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_pairs_are_learned_by_heart_and_a_finished_run_still_knows_them(folder: Path, tmp_path: Path) -> None:
+    changes = ["adapter.targets=all-linear", *_changes(folder, tmp_path / "run", "lora", 60)]
     record = run(load("methods/lora", changes), command="test")
     (score,) = record.scores
     assert (score.metric, score.split, score.primary) == ("character_accuracy", "train", True)
@@ -87,3 +90,14 @@ def test_pairs_are_learned_by_heart_and_a_finished_run_still_knows_them(folder: 
     assert (record.data.train_rows, record.data.evaluation_rows) == (4, {"train": 4})
     (again,) = evaluate(tmp_path / "run")
     assert again == score
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("method", ["prefix", "prompt", "bayesian-lora", "dylora"])
+def test_what_comes_before_a_prompt_and_what_sits_on_a_layer_generates_too(
+    folder: Path, tmp_path: Path, method: str
+) -> None:
+    base = "methods/lora" if method == "bayesian-lora" else f"methods/{method}"
+    record = run(load(base, _changes(folder, tmp_path / "run", method, 2)), command="test")
+    assert record.primary_score().metric == "character_accuracy"
+    assert evaluate(tmp_path / "run") == record.scores
