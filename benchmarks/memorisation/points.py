@@ -50,9 +50,17 @@ def choices(method: str) -> dict[str, Point]:
     return {rate: Point(f"{method}-choice-lr{rate}", (*given, f"training.learning_rate={rate}")) for rate in RATES}
 
 
+CHECKS = tuple(
+    Point(f"lora-alpha{alpha}-choice-lr{rate}", (*choices("lora")[rate].changes, f"adapter.alpha={alpha}"))
+    for alpha, rates in ((8, ("1e-2", "2e-2")), (32, ("6e-3", "1e-2")))
+    for rate in rates
+)
+"""Whether LoRA would be better off with another scale, which MoRA does not have: half and double of its alpha of 16."""
+
 POINTS = (
     Point("base", BASE),
     *(point for method in METHODS for point in choices(method).values()),
+    *CHECKS,
     *(
         Point(f"{method}-seed{seed}", (f"method={method}", f"training.seed={seed}"), method)
         for seed in SEEDS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from points import METHODS, SEEDS, choices, chosen_rate, curve, result
+from points import CHECKS, METHODS, SEEDS, choices, chosen_rate, curve, result
 
 from rankbits.records import RunRecord
 
@@ -52,23 +52,18 @@ def differences() -> list[str]:
 
 
 def rates() -> list[str]:
-    """Character accuracy of the runs that chose each learning rate, averaged over their steps, and at the last."""
-    rows = []
-    for method in METHODS:
-        for rate, point in choices(method).items():
-            record = result(point.name)
-            if record is not None:
-                values = list(curve(record).values())
-                mark = "chosen" if rate == chosen_rate(method) else ""
-                means = [f"{statistics.fmean(values):.1f}", *(f"{value:.1f}" for value in values)]
-                rows.append([NAMES[method], rate, *means, mark])
-    steps = [f"{step} steps" for step in _steps()]
-    return table(["method", "rate", "mean", *steps, ""], rows)
-
-
-def _steps() -> Iterable[int]:
-    records = (result(point.name) for method in METHODS for point in choices(method).values())
-    return next((curve(record) for record in records if record is not None), {})
+    """Character accuracy of the runs that chose each learning rate, and of the checks: averaged, and at each step."""
+    rows, head = [], []
+    chosen = {choices(method)[rate].name for method in METHODS if (rate := chosen_rate(method)) is not None}
+    for point in (*(point for method in METHODS for point in choices(method).values()), *CHECKS):
+        record = result(point.name)
+        if record is not None:
+            values = curve(record)
+            head = [f"{step} steps" for step in values]
+            mean = statistics.fmean(values.values())
+            cells = [f"{value:.1f}" for value in (mean, *values.values())]
+            rows.append([point.name, *cells, "chosen" if point.name in chosen else ""])
+    return table(["run", "mean", *head, ""], rows)
 
 
 def seeds_of(method: str) -> list[RunRecord]:

@@ -39,7 +39,7 @@ def made_source(seed: int) -> Source:
 
     def read(split: str) -> Table:
         drawn = random.Random(f"{split} {seed}")
-        uuids = [uuid.UUID(int=drawn.getrandbits(128)).hex for _ in range(2 * PAIRS)]
+        uuids: list[object] = [uuid.UUID(int=drawn.getrandbits(128)).hex for _ in range(2 * PAIRS)]
         return Table({"key": uuids[:PAIRS], "value": uuids[PAIRS:]}, origin=f"{split} of the UUIDs of seed {seed}")
 
     return Source(f"UUIDs of seed {seed}", read)

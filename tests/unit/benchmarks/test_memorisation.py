@@ -39,7 +39,8 @@ def store(study, name: str, values: list[float]) -> None:
 def test_every_point_has_one_name_and_choices_come_before_what_they_are_for(study) -> None:
     points = study.load("points")
     names = [point.name for point in points.POINTS]
-    assert len(set(names)) == len(names) == 1 + 3 * len(points.RATES) + 3 * len(points.SEEDS)
+    assert len(set(names)) == len(names)
+    assert len(names) == 1 + 3 * len(points.RATES) + len(points.CHECKS) + 3 * len(points.SEEDS)
     assert names[0] == "base"
     first = next(i for i, point in enumerate(points.POINTS) if point.method)
     assert all(point.method for point in points.POINTS[first:])
@@ -55,6 +56,13 @@ def test_all_methods_have_the_same_grid_on_pairs_that_are_not_in_the_table(study
             assert (recipe.method, recipe.training.learning_rate) == (method, float(rate))
             assert recipe.task.evaluate_on == "development"
             assert recipe.training.seed not in points.SEEDS
+
+
+def test_the_checks_change_nothing_but_the_scale_of_lora(study) -> None:
+    points = study.load("points")
+    chosen = {point.changes for point in points.choices("lora").values()}
+    assert all(point.changes[:-1] in chosen for point in points.CHECKS)
+    assert {point.changes[-1] for point in points.CHECKS} == {"adapter.alpha=8", "adapter.alpha=32"}
 
 
 def test_the_rate_is_the_best_over_all_steps_once_all_were_run(study) -> None:
@@ -137,5 +145,5 @@ def test_the_table_shows_means_over_seeds_and_differences_on_the_same_pairs(stud
     published = "9.9 / 10 / 10.7 / 54.2"
     assert f"| 394,624 | {points.RATES[-1]} | 20.0 ± 10.0 | 100.0 ± 0.0 | {published} |" in report
     assert "| 1 | +30.0 | +0.0 |" in report
-    assert f"| MoRA, r = 8 | {points.RATES[-1]} | 71.5 | 43.0 | 100.0 | chosen |" in report
+    assert f"| mora-choice-lr{points.RATES[-1]} | 71.5 | 43.0 | 100.0 | chosen |" in report
     assert "full fine-tuning" not in report

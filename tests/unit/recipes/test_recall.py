@@ -93,7 +93,7 @@ def test_pairs_are_learned_by_heart_and_a_finished_run_still_knows_them(folder: 
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("method", ["prefix", "prompt", "bayesian-lora", "dylora"])
+@pytest.mark.parametrize("method", ["prefix", "prompt", "bayesian-lora"])
 def test_what_comes_before_a_prompt_and_what_sits_on_a_layer_generates_too(
     folder: Path, tmp_path: Path, method: str
 ) -> None:
