@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from rankbits.tasks import Task
 
 
-def recalled(model: Any, tokenizer: Any, task: Task, rows: Any, encoded: Any, batch_size: int) -> NDArray[np.int64]:
+def recalled(model: Any, tokenizer: Any, task: Task, rows: Any, encoded: Any, batch_size: int) -> NDArray[np.float64]:
     """How many characters of each answer are generated right, and how many it has.
 
     Each answer is generated from its prompt alone, the most likely token at a time, so that a mistake is read by what
     comes after it. Predicting every token from the true ones before it would score higher, but these give half of a
-    value away.
+    value away. What the encoding cut off an answer is not generated, and counts as wrong.
 
     Args:
         model: a decoder, with or without adapters; its mode is left as it was.
@@ -42,7 +42,8 @@ def recalled(model: Any, tokenizer: Any, task: Task, rows: Any, encoded: Any, ba
     given = []
     for start in range(0, len(prompts), batch_size):
         given += _continued(model, tokenizer, prompts[start : start + batch_size], longest)
-    return np.array([[right_characters(one, other), len(other)] for one, other in zip(given, texts, strict=True)])
+    counts = [[right_characters(one, other), len(other)] for one, other in zip(given, texts, strict=True)]
+    return np.array(counts, dtype=np.float64)
 
 
 @torch.no_grad()
