@@ -199,7 +199,9 @@ def evaluate(run_folder: Path, *, task: str | None = None, data: str | None = No
             f"{run_folder} was trained on {own.name!r} with {own.num_labels} outputs; task {wanted.name!r} needs "
             f"{wanted.num_labels}"
         )
-    section = recipe.task.model_copy(update={"name": wanted.name, "train_rows": None})
+    # What was memorised is scored on the rows that were learned; elsewhere fewer rows to learn from change no score.
+    rows_kept = recipe.task.train_rows if wanted.memorised else None
+    section = recipe.task.model_copy(update={"name": wanted.name, "train_rows": rows_kept})
     if task is not None or data is not None:
         section = section.model_copy(update={"data": data})
     elsewhere = recipe.model_copy(update={"task": section})

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from rankbits.recipes import encoding
+from rankbits.recipes.recall import recalled
 from rankbits.recipes.schema import Recipe
 from rankbits.records import ScoreRecord
 from rankbits.records.metrics import at_rank
@@ -32,10 +33,17 @@ def score(trainer: Trainer, task: Task, data: TaskData, recipe: Recipe) -> list[
     scores = []
     for index, (split, rows) in enumerate(data.evaluation.items()):
         encoded = encoding.encode(rows, task, trainer.processing_class, recipe.task.max_length)
-        # A batch is padded to its longest row: rows of like length together take half the time, in any order.
-        lengths = [len(ids) for ids in encoded["input_ids"]]
-        output: Any = trainer.predict(encoded.select(sorted(range(len(lengths)), key=lengths.__getitem__)))
-        for metric, value in task.score(output.predictions, output.label_ids).items():
+        if task.memorised:
+            counts = recalled(
+                trainer.model, trainer.processing_class, task, rows, encoded, trainer.args.eval_batch_size
+            )
+            values = task.score(counts, counts)
+        else:
+            # A batch is padded to its longest row: rows of like length together take half the time, in any order.
+            lengths = [len(ids) for ids in encoded["input_ids"]]
+            output: Any = trainer.predict(encoded.select(sorted(range(len(lengths)), key=lengths.__getitem__)))
+            values = task.score(output.predictions, output.label_ids)
+        for metric, value in values.items():
             primary = index == 0 and metric == task.primary_metric
             scores.append(ScoreRecord(metric=metric, value=value, split=split, primary=primary))
     return scores

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from rankbits.errors import TaskError
-from rankbits.tasks import film_reviews
+from rankbits.tasks import film_reviews, memorisation
 from rankbits.tasks.rows import Row, rows_of
 from rankbits.tasks.sources import Source, folder_source, hub_source, named_source
 from rankbits.tasks.splits import fingerprint, hold_out, subset, without_duplicates, without_groups_of, without_texts_of
@@ -44,25 +44,30 @@ class TaskData:
 def load(task: Task, *, data: str | None, train_rows: int | None, evaluate_on: EvaluateOn, seed: int) -> TaskData:
     """Read a task's rows, remove duplicates and overlaps, and take the subset asked for.
 
+    A memorised task is scored on the subset itself, and what is taken for development is a set of its own.
+
     Args:
         task: what to load.
-        data: a folder, or the name of a set on the hub. None means the embedded file for the film reviews; for all
-            others it means the folder of the task's name in $RANKBITS_DATA if there is one, else the hub.
+        data: a folder, or the name of a set on the hub. None means the embedded file for the film reviews and pairs
+            made from the seed for memorisation; for all others it means the folder of the task's name in $RANKBITS_DATA
+            if there is one, else the hub.
         train_rows: how many training rows to draw, after all others were removed; None means all.
         evaluate_on: "validation" is the official split (for the film reviews, ours; for a task whose answers to the
             test split are published, that one). "development" is a tenth of the training rows, or what the task sets
             aside of them, for choices that must not be made on the official split, which is not read.
-        seed: the run's seed, which moves no row: all seeds and methods are compared on the same ones.
+        seed: the run's seed, which moves no row: all seeds and methods are compared on the same ones. Only pairs to be
+            memorised are made from it: what one seed's pairs are like says nothing about others.
 
     Raises:
         TaskError: the data is missing, malformed or empty, holds labels outside the task's range, or has fewer rows
             than asked for.
         AssetError: the embedded file is missing or is another file.
     """
-    del seed
     if evaluate_on not in get_args(EvaluateOn):
         raise TaskError(f"task {task.name}: evaluate_on is {evaluate_on!r}, expected one of {get_args(EvaluateOn)}")
-    source = _source(task, data)
+    source = _source(task, data, seed)
+    if task.memorised:
+        return _memorised(task, source, "development" if evaluate_on == "development" else task.train_name, train_rows)
     develop, complete = evaluate_on == "development", task.kind == "completion"
     # Whole films must be held out, so that only then the rows of a folder or a hub set need to name them.
     train, duplicates = without_duplicates(rows_of(source.read(task.train_name), task, with_group=develop or complete))
@@ -88,9 +93,24 @@ def load(task: Task, *, data: str | None, train_rows: int | None, evaluate_on: E
     )
 
 
-def _source(task: Task, data: str | None) -> Source:
+def _memorised(task: Task, source: Source, split: str, train_rows: int | None) -> TaskData:
+    """One split's rows both to learn from and to be scored on."""
+    rows, duplicates = without_duplicates(rows_of(source.read(split), task))
+    learned = _drawn(rows, train_rows, task)
+    return TaskData(
+        train=_dataset(learned, task),
+        evaluation={split: _dataset(learned, task)},
+        dropped={"duplicate": source.duplicates + duplicates},
+        fingerprint=fingerprint([(split, learned)]),
+        source=source.description,
+    )
+
+
+def _source(task: Task, data: str | None, seed: int) -> Source:
     if data is not None:
         return named_source(task, data)
+    if task.memorised:
+        return memorisation.made_source(seed)
     if task.hub_name is None:
         return film_reviews.embedded_source()
     local = os.environ.get(DATA_VARIABLE)

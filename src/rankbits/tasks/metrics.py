@@ -1,4 +1,4 @@
-"""The official metrics of the tasks: of labels in percent, of answers in nats per token."""
+"""The official metrics of the tasks: of labels and of generated characters in percent, of answers in nats per token."""
 
 from __future__ import annotations
 
@@ -44,23 +44,27 @@ def _predicted(task: Task, predictions: NDArray[Any], labels: NDArray[Any]) -> N
 
 
 def _of_answers(task: Task, predictions: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
-    """Mean negative log-likelihood over all tokens of all answers, in nats, and its exponential.
+    """Mean negative log-likelihood of a token, in nats, and its exponential; or the share of characters that are right.
 
-    Long answers count for more than short ones: every token counts once, however rows were put into batches.
+    Long answers count for more than short ones: every token or character counts once, however rows were put into
+    batches.
     """
     rows = labels.shape[0] if labels.ndim else -1
+    unit = "characters" if task.memorised else "tokens"
+    what = f"{'a number of right ones' if task.memorised else 'a sum of nats'} and a number of {unit}"
     if rows < 1 or predictions.shape != (rows, 2):
         raise TaskError(
             f"task {task.name}: predictions {list(predictions.shape)} with labels {list(labels.shape)} cannot be "
-            "scored; expected a sum of nats and a number of tokens for each of at least one row: [n, 2]"
+            f"scored; expected {what} for each of at least one row: [n, 2]"
         )
     _refuse_non_finite(task, predictions)
-    nats, tokens = predictions.sum(axis=0)  # [2]
-    if not tokens > 0:
-        raise TaskError(f"task {task.name}: the {rows} answers have no tokens; expected at least one")
-    loss = float(nats / tokens)
+    total, units = predictions.sum(axis=0)  # [2]
+    if not units > 0:
+        raise TaskError(f"task {task.name}: the {rows} answers have no {unit}; expected at least one")
+    mean = float(total / units)
     # A model that has come apart loses more nats than a float has room for once they are an exponent.
-    values: dict[Metric, float] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    perplexity = math.exp(min(mean, 700.0))
+    values: dict[Metric, float] = {"loss": mean, "perplexity": perplexity, "character_accuracy": 100.0 * mean}
     return {name: values[name] for name in task.metrics}
 
 

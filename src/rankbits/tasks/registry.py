@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 
 from rankbits.errors import TaskError
-from rankbits.tasks import completions, film_reviews, glue
+from rankbits.tasks import completions, film_reviews, glue, memorisation
 from rankbits.tasks.task import Task
 
-_TASKS = {task.name: task for task in (*glue.TASKS, film_reviews.TASK, *completions.TASKS)}
+_TASKS = {task.name: task for task in (*glue.TASKS, film_reviews.TASK, *completions.TASKS, memorisation.TASK)}
 
 
 def names() -> list[str]:

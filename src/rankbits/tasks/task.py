@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Kind = Literal["classification", "regression", "completion"]
-Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "loss", "perplexity"]
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "loss", "perplexity", "character_accuracy"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Task:
         hub_name: the data set on the Hugging Face hub; None for a task whose rows are embedded.
         hub_config: the configuration of that data set.
         group_column: rows that share a value here must never be on both sides of a split that we make.
+        memorised: whether the rows that were learned are those that are scored, and the answers are generated for it.
         symmetric: whether a pair means the same with its two texts exchanged.
         prompt: what comes before an answer, with a {column} for each text it shows; of completion alone.
         answer: what is learned after the prompt, likewise.
@@ -54,6 +55,7 @@ class Task:
     hub_name: str | None = None
     hub_config: str | None = None
     group_column: str | None = None
+    memorised: bool = False
     symmetric: bool = False
     set_aside: float = 0.0
     prompt: str = ""
@@ -72,7 +74,8 @@ class Task:
 
         Args:
             predictions: logits [n, classes], predicted values [n] or [n, 1] for regression, or for completion the sum
-                of each answer's negative log-likelihoods in nats and its number of tokens [n, 2].
+                of each answer's negative log-likelihoods in nats and its number of tokens [n, 2]; for a memorised task
+                the characters of each answer that were generated right and all of its characters [n, 2].
             labels: class numbers or values [n]; for completion one row of anything for each answer.
 
         Raises:

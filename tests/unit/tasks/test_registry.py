@@ -10,7 +10,8 @@ import pytest
 from rankbits import tasks
 from rankbits.errors import TaskError
 
-NAMES = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "film-reviews", "gsm8k", "e2e_nlg"]
+GLUE = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
+NAMES = [*GLUE, "film-reviews", "gsm8k", "e2e_nlg", "memorisation"]
 
 
 def test_every_task_is_listed_and_found_under_its_own_name() -> None:
