@@ -8,7 +8,16 @@ from typing import Any
 from rankbits.records import SITES, ModuleRecord, RunRecord, Site
 from rankbits.reports.certainty import certainty_lines, near_gates
 from rankbits.reports.costs import NOT_COUNTED, Part, breakdown, compare_costs, cost_lines, module_kind, si
-from rankbits.reports.tables import AS_LOADED, FULL_PRECISION, SITE_LABELS, bits_text, has_bits, has_learned_rank, rank_text, weight_bits_text
+from rankbits.reports.tables import (
+    AS_LOADED,
+    FULL_PRECISION,
+    SITE_LABELS,
+    bits_text,
+    has_bits,
+    has_learned_rank,
+    rank_text,
+    weight_bits_text,
+)
 
 _PARAMETER_ROWS = (
     ("adapter", "Adapter matrices"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from rankbits.gates.chain import cumulative
 from rankbits.gates.hard_concrete import OPEN_LOGIT
@@ -53,9 +52,7 @@ def fit(chosen: OpenGates, costs: Sequence[Cost], limits: Sequence[float]) -> No
 def _distances(logits: GateLogits) -> PerGate:
     products = cumulative(torch.sigmoid(logits.ranks.double())) - 0.5
     ranks = torch.where(logits.straight[:, None], products, logits.ranks.double() - OPEN_LOGIT)
-    return PerGate(
-        (logits.widths - OPEN_LOGIT).double(), torch.where(logits.ranks.isfinite(), ranks, -torch.inf)
-    )
+    return PerGate((logits.widths - OPEN_LOGIT).double(), torch.where(logits.ranks.isfinite(), ranks, -torch.inf))
 
 
 def _close(chosen: OpenGates, costs: Sequence[Cost], limits: Sequence[float]) -> None:

@@ -141,7 +141,9 @@ def _worth(chosen: OpenGates, costs: Sequence[Cost], limits: Sequence[float]) ->
     widths, ranks = _shares(more, costs, limits)
     per_bit = widths / (more.widths[:-1] / 2.0)
     bits = torch.tensor([2.0, 4.0, 8.0, 16.0], dtype=torch.float64)
-    of_ranks = torch.where(evidence.ranks.isfinite() & (ranks > 0.0)[:, None], evidence.ranks / ranks[:, None], torch.inf)
+    of_ranks = torch.where(
+        evidence.ranks.isfinite() & (ranks > 0.0)[:, None], evidence.ranks / ranks[:, None], torch.inf
+    )
     return PerGate(
         torch.where(per_bit[:, None] > 0.0, evidence.widths.double() / (per_bit[:, None] * bits), torch.inf), of_ranks
     )
