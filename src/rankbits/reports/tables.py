@@ -92,9 +92,10 @@ def rank_text(record: RunRecord) -> str:
 
 
 def weight_bits_text(record: RunRecord) -> str:
-    """Mean width of the adapted weights; "as loaded" where the base was quantized already and keeps its grid."""
+    """Mean width of the weights that have a quantizer; "as loaded" if a base that was quantized already has none."""
+    bits = record.mean_bits("weight")
     kept = any(module.quantized_base for module in record.modules)
-    return AS_LOADED if kept else bits_text(record.mean_bits("weight"))
+    return AS_LOADED if bits is None and kept else bits_text(bits)
 
 
 def bits_text(bits: float | None) -> str:

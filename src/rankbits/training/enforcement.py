@@ -81,7 +81,7 @@ def _reopen(chosen: OpenGates, costs: Sequence[Cost], limits: Sequence[float]) -
     refused: set[Chain] = set()
     while True:
         wishes = [chosen.wish(kind, last_open=False).tolist() for kind in (0, 1)]
-        pressed = set().union(*(chosen.opening(cost) for cost in costs)) - refused
+        pressed = {chain for cost in costs for chain in chosen.opening(cost)} - refused
         for chain in sorted(pressed, key=lambda chain: (wishes[chain[0]][chain[1]], chain), reverse=True):
             if chosen.moved((chain, 1)).fits(costs, limits):
                 chosen.move(chain, 1)

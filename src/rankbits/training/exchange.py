@@ -89,7 +89,7 @@ class _Goal:
         prices = [chosen.opening(cost) for cost in self.costs]
         return {
             chain: prices[self.index].get(chain, 0.0)
-            for chain in set().union(*prices)
+            for chain in dict.fromkeys(chain for listed in prices for chain in listed)
             if all(other.get(chain, 0.0) <= rest for other, rest in zip(prices, left, strict=True))
         }
 

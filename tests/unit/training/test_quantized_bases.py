@@ -1,6 +1,7 @@
 """Budgets on bases that were loaded in 4 or 8 bits: their weights keep their grid, are counted with it, and said to."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,9 @@ def _model(base: Callable[[], nn.Module], **settings: object) -> PeftModel:
     torch.manual_seed(0)
     chosen = {"r": 4, "quantizers": [*PAPER_SITES, Site.INPUT], "init_weights": False, "calibration_passes": 1}
     layers = nn.Sequential(base(), nn.Tanh(), nn.Linear(64, 2)).to("cpu")
+    # Where transformers keeps what PEFT asks for: how torchao would quantize a merged weight again.
+    again = SimpleNamespace(get_apply_tensor_subclass=lambda: None)
+    object.__setattr__(layers, "hf_quantizer", SimpleNamespace(quantization_config=again))
     return get_peft_model(layers, BayesianLoraConfig(**(chosen | settings), target_modules=["0"]))
 
 
