@@ -78,7 +78,7 @@ def test_without_penalty_bits_and_ranks_that_the_task_needs_stay() -> None:
 
 def test_a_strong_penalty_lowers_bits_and_the_result_can_be_hardened() -> None:
     model = _model()
-    with pytest.warns(RankbitsWarning, match="lambda_r has closed every gate"):
+    with pytest.warns(RankbitsWarning, match=r"lambda_r=\S+ has closed every gate"):
         _run(model, 200, lambda_q=50.0, lambda_r=50.0, rate=0.5)
     (entry,) = summarize(model)
     assert entry.rank == 1

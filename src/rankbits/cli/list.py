@@ -24,9 +24,11 @@ def list_kind(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> No
 
 
 def _recipes() -> list[str]:
-    from rankbits.recipes.shipped import bases, names
+    from rankbits.recipes.load import load, names
+    from rankbits.recipes.shipped import bases
 
-    return [*names(), *(f"{name} (cannot be run: others extend it)" for name in bases())]
+    told = [f"{name}\n  {load(name).description}" for name in names()]
+    return [*told, *(f"{name} (cannot be run: others extend it)" for name in bases())]
 
 
 def _methods() -> list[str]:

@@ -183,7 +183,7 @@ class GatesSection(BaseModel):
     )
     allocation: Literal["evidence", "descent"] | None = Field(
         default=None,
-        description="evidence, descent or null: under a budget widths are chosen when the warm-up ends, or gates close "
+        description="evidence, descent or null: under a budget gates are chosen when the warm-up ends, or close "
         "one after another; null chooses by the budget",
     )
     lambda_q: Weight | None = Field(

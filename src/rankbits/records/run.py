@@ -119,7 +119,8 @@ class ModuleRecord(Frozen):
     A method without quantizers has no bits. Expectations and probabilities are those before hardening. Open
     probabilities are those of single gates (of 4, 8, 16 and 32 bits; of ranks 2 and up), each on its own; a gate counts
     only where all before it in its chain are open, so that marginals are products. `shared` names, for a site whose
-    gates belong to another matrix (an input that several read, tied widths), that matrix.
+    gates belong to another matrix (an input that several read, tied widths), that matrix. With a `quantized_base` the
+    matrix keeps the grid that the base was loaded with, and has no width of its own here.
     """
 
     name: str
@@ -134,6 +135,7 @@ class ModuleRecord(Frozen):
     rank_open_probabilities: list[Probability] = Field(default_factory=list)
     rank_gate: Literal["ste", "hard_concrete"] | None = None
     shared: dict[Site, str] = Field(default_factory=dict)
+    quantized_base: bool = False
 
     def own_bits(self) -> dict[Site, int]:
         """Widths of the matrix's own quantizers, without that of an input which belongs to another matrix."""

@@ -8,7 +8,16 @@ from typing import Any
 from rankbits.records import SITES, ModuleRecord, RunRecord, Site
 from rankbits.reports.certainty import certainty_lines, near_gates
 from rankbits.reports.costs import NOT_COUNTED, Part, breakdown, compare_costs, cost_lines, module_kind, si
-from rankbits.reports.tables import SITE_LABELS, bits_text, has_bits, has_learned_rank, rank_text
+from rankbits.reports.tables import (
+    AS_LOADED,
+    FULL_PRECISION,
+    SITE_LABELS,
+    bits_text,
+    has_bits,
+    has_learned_rank,
+    rank_text,
+    weight_bits_text,
+)
 
 _PARAMETER_ROWS = (
     ("adapter", "Adapter matrices"),
@@ -27,8 +36,9 @@ def tiles(record: RunRecord) -> list[tuple[str, str]]:
     """The few numbers beside the headline, each with what it counts."""
     most = max((module.max_rank for module in record.modules), default=0)
     rank = f"{rank_text(record)} of {most}" if has_learned_rank(record) else rank_text(record)
-    bits = [("bits of W0, mean", record.mean_bits("weight")), ("bits of A, E, B, mean", record.mean_adapter_bits())]
-    precision = [(name, "not quantized" if value is None else bits_text(value)) for name, value in bits]
+    adapters = record.mean_adapter_bits()
+    bits = [("bits of W0, mean", weight_bits_text(record)), ("bits of A, E, B, mean", bits_text(adapters))]
+    precision = [(name, "not quantized" if text == FULL_PRECISION else text) for name, text in bits]
     return [
         ("rank, mean", rank),
         *(precision if has_bits(record) else [("precision", "full")]),
@@ -64,9 +74,13 @@ def parameters(record: RunRecord) -> list[tuple[str, str, str]]:
 
 def modules(record: RunRecord) -> dict[str, Any]:
     """The numbers behind the figures, as one table; what the width of another matrix decides is marked with =."""
-    sites = [site for site in SITES if any(site in module.bits for module in record.modules)]
+    kept = any(module.quantized_base for module in record.modules)
+    used = {site for module in record.modules for site in module.bits} | ({"weight"} if kept else set())
+    sites = [site for site in SITES if site in used]
 
     def cell(module: ModuleRecord, site: Site) -> str:
+        if site == "weight" and module.quantized_base:
+            return AS_LOADED
         shared = "=" if site in module.shared else ""
         return f"{module.bits[site]}{shared}" if site in module.bits else ""
 

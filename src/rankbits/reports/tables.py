@@ -11,6 +11,7 @@ from rankbits.records.metrics import lower_is_better
 COLUMNS = ("method", "score", "mean rank", "bits of W0", "bits of adapters", "trainable", "minutes")
 FULL_PRECISION = "full"
 NOTHING_ADAPTED = "none"
+AS_LOADED = "as loaded"
 
 SITE_LABELS: dict[Site, str] = {
     "weight": "W0",
@@ -29,14 +30,15 @@ def run_table(records: Sequence[RunRecord]) -> list[list[str]]:
     """One row of text cells per record, under COLUMNS: the table a run ends with, methods beside each other.
 
     Scores are in percent, a language model's loss in nats per token.
-    "(fixed)" marks a rank that was not learned, "full" a tensor that was not quantized.
+    "(fixed)" marks a rank that was not learned, "full" a tensor that was not quantized, "as loaded" a weight that
+    keeps the few bits that the base was loaded in.
     """
     return [
         [
             label,
             score_text(record),
             rank_text(record),
-            bits_text(record.mean_bits("weight")),
+            weight_bits_text(record),
             bits_text(record.mean_adapter_bits()),
             f"{record.parameters.trainable:,}",
             f"{record.training.seconds / 60:.1f}",
@@ -87,6 +89,13 @@ def rank_text(record: RunRecord) -> str:
     if mean is None:
         return NOTHING_ADAPTED
     return f"{mean:.2f}" if has_learned_rank(record) else f"{mean:.2f} (fixed)"
+
+
+def weight_bits_text(record: RunRecord) -> str:
+    """Mean width of the weights that have a quantizer; "as loaded" if a base that was quantized already has none."""
+    bits = record.mean_bits("weight")
+    kept = any(module.quantized_base for module in record.modules)
+    return AS_LOADED if bits is None and kept else bits_text(bits)
 
 
 def bits_text(bits: float | None) -> str:

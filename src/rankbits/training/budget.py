@@ -25,8 +25,8 @@ from rankbits.errors import RecipeError, ScheduleError
 from rankbits.gates.hard_concrete import OPEN_LOGIT
 from rankbits.training.cost_terms import Amounts, delivered, expected
 from rankbits.training.enforcement import enforce
-from rankbits.training.evidence import decide, shrunk
-from rankbits.training.gate_table import GateLogits, GateTable
+from rankbits.training.evidence import decide, posterior_evidence
+from rankbits.training.gate_table import GateLogits, GateTable, PerGate
 from rankbits.training.model_cost import ModelCost
 from rankbits.training.reach import refuse_unreachable
 
@@ -141,7 +141,7 @@ class BudgetController:
         self._logits = self.table.read()
         refuse_unreachable(self.table, self.budgets, self.costs, pricing)
         # What an earlier schedule measured was another state of the model.
-        self.table.set_evidence(torch.zeros_like(self.table.evidence()))
+        self.table.forget_evidence()
 
     def __str__(self) -> str:
         """The budgets as texts."""
@@ -164,7 +164,7 @@ class BudgetController:
         logits = self.table.read()
         if completed_steps == self.start and self.allocation is Allocation.EVIDENCE:
             limits = [budget.limit for budget in self.budgets]
-            evidence = shrunk(self.table.evidence(), self.table.sites())
+            evidence = posterior_evidence(self.table.evidence(), self.table.sites())
             self._replace(logits, decide(logits, evidence, self.costs, limits))
             return
         if completed_steps == self.end:
@@ -235,7 +235,8 @@ class BudgetController:
         corners = None if self.corners is None else [list(pair) for pair in self.corners]
         state = {"budgets": [str(budget) for budget in self.budgets], "mu": list(self.mu), "corners": corners}
         if self.allocation is Allocation.EVIDENCE:
-            state["evidence"] = self.table.evidence().tolist()
+            measured = self.table.evidence()
+            state["evidence"] = {"widths": measured.widths.tolist(), "ranks": measured.ranks.clamp(min=0.0).tolist()}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -245,7 +246,8 @@ class BudgetController:
             raise ScheduleError(f"the checkpoint's budgets are {state['budgets']}, those of this schedule {mine}")
         self.mu = [float(mu) for mu in state["mu"]]
         if "evidence" in state:
-            self.table.set_evidence(torch.tensor(state["evidence"]))
+            measured = state["evidence"]
+            self.table.set_evidence(PerGate(torch.tensor(measured["widths"]), torch.tensor(measured["ranks"])))
         corners = state["corners"]
         self.corners = None if corners is None else [(float(first), float(middle)) for first, middle in corners]
         self.resume()

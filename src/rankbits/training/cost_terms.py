@@ -132,11 +132,23 @@ class Cost:
 
     def rank_savings(self, amounts: Amounts) -> Tensor:
         """[layers] what one rank less in each layer would save."""
+        return self._less_rank(amounts, 1.0)
+
+    def width_prices(self, amounts: Amounts) -> Tensor:
+        """[quantizers] what doubling each width would cost."""
+        return self.terms.change_of_widths(amounts, amounts.widths[:-1] * 2.0) / self._reference(amounts)
+
+    def rank_prices(self, amounts: Amounts) -> Tensor:
+        """[layers] what one rank more in each layer would cost."""
+        return -self._less_rank(amounts, -1.0)
+
+    def _less_rank(self, amounts: Amounts, ranks: float) -> Tensor:
+        """[layers] what so many ranks less in each layer would save."""
         if not self.presses_ranks:
             return torch.zeros_like(amounts.ranks[:-1])
         paid, whole = float(self.terms.value(amounts)), self._reference(amounts)
-        less = self.terms.change_of_ranks(amounts)
-        smaller = 0.0 if isinstance(self.reference, float) else self.reference.change_of_ranks(amounts)
+        less = ranks * self.terms.change_of_ranks(amounts)
+        smaller = 0.0 if isinstance(self.reference, float) else ranks * self.reference.change_of_ranks(amounts)
         return paid / whole - (paid + less) / (whole + smaller)
 
     def _reference(self, amounts: Amounts) -> float:

@@ -52,6 +52,19 @@ class GateLogits:
         return torch.where(self.straight[:, None], straight, chain.cumulative(hard_concrete.open_probability(logits)))
 
 
+@dataclass(frozen=True)
+class PerGate:
+    """A number for every gate, such as what closing it costs; on the host.
+
+    Args:
+        widths: [quantizers, 4].
+        ranks: [layers with rank gates, r - 1]; minus infinity where a layer has fewer.
+    """
+
+    widths: Tensor
+    ranks: Tensor
+
+
 class GateTable:
     """Where the gates of each layer lie in the matrices. It holds layers, never parameters.
 
@@ -104,16 +117,28 @@ class GateTable:
         )
 
     @torch.no_grad()
-    def evidence(self) -> Tensor:
-        """[quantizers, 4] float32 on the host: what closing each width gate was measured to cost, of any scale."""
-        return _on_host([g.evidence for g in self._gates() if g.bit_logits is not None]).reshape(-1, WIDTH_GATES)
+    def evidence(self) -> PerGate:
+        """What closing each gate was measured to cost, float32, of any scale."""
+        widths = [g.evidence for g in self._gates() if g.bit_logits is not None]
+        ranks = [g.rank_evidence for g in self._gates() if g.rank_logits is not None]
+        return PerGate(_on_host(widths).reshape(-1, WIDTH_GATES), _padded(ranks))
 
     @torch.no_grad()
-    def set_evidence(self, evidence: Tensor) -> None:
+    def set_evidence(self, evidence: PerGate) -> None:
         """Put back what `evidence` gave."""
-        gates = [g for g in self._gates() if g.bit_logits is not None]
-        for own, values in zip(gates, evidence.split([len(g.evidence) for g in gates]), strict=True):
-            own.evidence.copy_(values)
+        widths, ranks = iter(evidence.widths), iter(evidence.ranks)
+        for gates in self._gates():
+            if gates.bit_logits is not None:
+                gates.evidence.copy_(torch.stack([next(widths) for _ in gates.evidence]))
+            if gates.rank_logits is not None:
+                gates.rank_evidence.copy_(next(ranks)[: len(gates.rank_evidence)])
+
+    @torch.no_grad()
+    def forget_evidence(self) -> None:
+        """Begin to measure afresh."""
+        for gates in self._gates():
+            gates.evidence.zero_()
+            gates.rank_evidence.zero_()
 
     @torch.no_grad()
     def write(self, before: GateLogits, logits: GateLogits) -> None:
@@ -183,8 +208,8 @@ def _on_host(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.detach().to(device).reshape(-1) for t in tensors]).to("cpu", torch.float32)
 
 
-def _padded(ranks: list[nn.Parameter]) -> Tensor:
-    lengths = [logits.numel() for logits in ranks]
+def _padded(ranks: Sequence[Tensor]) -> Tensor:
+    lengths = [values.numel() for values in ranks]
     padded = torch.full((len(ranks), max(lengths, default=0)), -torch.inf)
     for row, values in enumerate(_on_host(ranks).split(lengths) if ranks else ()):
         padded[row, : lengths[row]] = values

@@ -12,7 +12,7 @@ from torch import nn
 from rankbits.accounting.architectures.read import Head, read_shape
 from rankbits.accounting.budget import Budget, Quantity, Scope
 from rankbits.accounting.macs import products
-from rankbits.accounting.measure.quantized import opaque_weight_bits
+from rankbits.accounting.measure.quantized import opaque_weight_bits, scale_count
 from rankbits.accounting.spec import Method, MethodSpec, ModelShape
 from rankbits.errors import ModelError, ScheduleError
 from rankbits.records import CountOptions, Product
@@ -91,6 +91,10 @@ class ModelCost:
         """Whether some layer learns the width of a site."""
         return any(p.layer.gate_of(p.adapter, site) is not None for p in self.priced)
 
+    def kept_widths(self) -> list[int]:
+        """Widths, without repetition, of weights that keep the grid that the base was loaded with."""
+        return sorted({bits for p in self.priced if (bits := _kept_width(p)) is not None})
+
     def cost(self, budget: Budget) -> Cost:
         """The cost that a budget limits.
 
@@ -136,8 +140,8 @@ class ModelCost:
         if gated is not None and id(gated[0]) in self.starts:
             return 1, self.starts[id(gated[0])] + gated[1]
         fixed = getattr(priced.layer.quantizer_of(priced.adapter, site), "bits", None)
-        if fixed is None and site is Site.WEIGHT and isinstance(priced.layer, BayesianLoraLinear):
-            fixed = opaque_weight_bits(priced.layer.get_base_layer())
+        if fixed is None and site is Site.WEIGHT:
+            fixed = _kept_width(priced)
         return (FLOAT if fixed is None else int(fixed)), None
 
     def _operations(self, budget: Budget) -> Cost:
@@ -253,8 +257,18 @@ def _weights(priced: Priced) -> list[tuple[Site, int]]:
 
 
 def _ranges(priced: Priced, site: Site) -> int:
+    """How many scales are stored beside the codes of a weight."""
+    if site is Site.WEIGHT and _kept_width(priced) is not None:
+        return scale_count(cast(BayesianLoraLinear, priced.layer).get_base_layer())
     quantizer = priced.layer.quantizer_of(priced.adapter, site)
     return 0 if quantizer is None else int(cast(Any, quantizer).range_.numel())
+
+
+def _kept_width(priced: Priced) -> int | None:
+    """Width of a weight that keeps the grid that the base was loaded with; None for one of floats."""
+    if not isinstance(priced.layer, BayesianLoraLinear):
+        return None
+    return opaque_weight_bits(priced.layer.get_base_layer())
 
 
 def _base_of(model: nn.Module) -> nn.Module:

@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import isfinite
+from numbers import Integral
 from typing import Any, Unpack
 
 from torch import nn
 
-from rankbits.accounting.budget import Budget, Quantity
+from rankbits.accounting.budget import Budget
 from rankbits.errors import RankbitsWarning, ScheduleError
 from rankbits.training.budget import (
     Allocation,
@@ -49,10 +50,9 @@ class GateSchedule:
         total_steps: optimizer steps of the whole training.
         budget: what the hardened model may cost: a text such as "bops=0.25", "bytes=0.3", "bits=4" or "rank=2.5", a
             `Budget`, or several of them. The gates it presses are closed by a controller, and it is never exceeded.
-        allocation: "evidence" chooses all widths when the warm-up ends, by what closing each gate was measured to cost
-            in its second half, and fixes them; ranks close only where widths do not suffice. "descent" closes gates one
-            after another in the penalised steps, by what sampled gates feel. None is "evidence", and "descent" if a
-            budget limits ranks.
+        allocation: "evidence" chooses widths and ranks when the warm-up ends, by what closing each gate was measured to
+            cost in its second half, and fixes them. "descent" closes gates one after another in the penalised steps,
+            by what sampled gates feel. None is "evidence", and "descent" if a budget limits ranks.
         lambda_q: penalty per expected open width gate (weight of R_q); None is 0.001, or 0 under any budget.
         lambda_r: penalty per expected open rank (weight of R_r); None is 0.001, or 0 under any budget: idle gates close
             whatever the size of a penalty, and what no budget asks for need not be given up.
@@ -95,7 +95,7 @@ class GateSchedule:
         budgets = budgets_of(budget)
         self.allocation = allocation_of(allocation, budgets)
         self.controller = self._controller(budgets) if budgets else None
-        self._given = (lambda_q is not None, lambda_r is not None)
+        self._given = {"lambda_q": lambda_q, "lambda_r": lambda_r}
         self._set_lambdas(lambda_q, lambda_r, Penalty(**penalty))
         self._enter()
 
@@ -117,10 +117,6 @@ class GateSchedule:
             raise ScheduleError(
                 f"budget {texts}: allocation='evidence' measures in the second half of the warm-up, which has "
                 f"{self.warmup_steps} of {self.total_steps} steps; expected phases whose warm-up has at least 2"
-            )
-        if any(budget.quantity is Quantity.RANK for budget in budgets):
-            raise ScheduleError(
-                f"budget {texts}: allocation='evidence' measures widths alone; expected 'descent' for a budget of ranks"
             )
 
     def _set_lambdas(self, lambda_q: float | None, lambda_r: float | None, penalty: Penalty) -> None:
@@ -162,7 +158,7 @@ class GateSchedule:
     def fixed_from(self) -> int:
         """First step, counted from 0, with fixed gates; `total_steps` if there is none.
 
-        Widths that were chosen by evidence are fixed from then on: sampling could only make them noisy.
+        Gates that were chosen by evidence are fixed from then on: sampling could only make them noisy.
         """
         if self.allocation is Allocation.EVIDENCE:
             return self.warmup_steps
@@ -249,20 +245,17 @@ class GateSchedule:
         widths = [bits for summary in summaries for bits in summary.bits.values()]
         ranks = [(summary.rank, summary.max_rank) for summary in summaries if summary.expected_rank is not None]
         closed = (bool(widths) and max(widths) == 2, any(most > 1 for _, most in ranks) and max(ranks)[0] == 1)
-        causes = [
-            ("lambda_q", self.lambda_q, "all quantizers are at 2 bits", "bits=4"),
-            (
-                "lambda_r",
-                self.lambda_r,
-                "all layers are at rank 1",
-                f"rank={max((m for _, m in ranks), default=2) / 2:g}",
-            ),
-        ]
-        for (name, value, what, form), given, is_closed in zip(causes, self._given, closed, strict=True):
-            if given and is_closed and value > 0.0:
+        half = max((most for _, most in ranks), default=2) / 2
+        causes = {
+            "lambda_q": ("all quantizers are at 2 bits", "bits=4"),
+            "lambda_r": ("all layers are at rank 1", f"rank={half:g}"),
+        }
+        for (name, (what, form)), is_closed in zip(causes.items(), closed, strict=True):
+            given = self._given[name]
+            if given and is_closed:
                 warnings.warn(
-                    f"{what} at the end of the gate phase: {name} has closed every gate, whatever the data said. Give "
-                    f'a budget instead, such as GateSchedule(model, total_steps, budget="{form}")',
+                    f"{what} at the end of the gate phase: {name}={given:g} has closed every gate, whatever the data "
+                    f'said. Give a budget instead, such as GateSchedule(model, total_steps, budget="{form}")',
                     RankbitsWarning,
                     stacklevel=3,
                 )
@@ -296,12 +289,12 @@ def _check_numbers(
     total_steps: int, lambda_q: float | None, lambda_r: float | None, phases: tuple[float, float, float]
 ) -> None:
     problems = []
-    if total_steps < 1:
-        problems.append(f"total_steps must be >= 1, got {total_steps}")
+    if isinstance(total_steps, bool) or not isinstance(total_steps, Integral) or total_steps < 1:
+        problems.append(f"total_steps must be a whole number >= 1, got {total_steps!r}")
     if not all(value is None or (value >= 0 and isfinite(value)) for value in (lambda_q, lambda_r)):
         problems.append(f"lambda_q and lambda_r must be >= 0, got {lambda_q} and {lambda_r}")
-    if min(phases) < 0 or sum(phases) > 1.0 + 1e-9:
-        problems.append(f"phases (warm-up, ramp, fixed) must be >= 0 with a sum <= 1, got {phases}")
+    if len(phases) != 3 or not all(share >= 0.0 for share in phases) or not sum(phases) <= 1.0 + 1e-9:
+        problems.append(f"phases (warm-up, ramp, fixed) must be three shares >= 0 with a sum <= 1, got {phases}")
     if problems:
         raise ScheduleError("GateSchedule: " + "; ".join(problems))
 

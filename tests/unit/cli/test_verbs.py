@@ -49,10 +49,14 @@ def test_the_quickstart_refuses_a_wrong_override(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
-def test_list_recipes_marks_those_that_cannot_be_run():
-    lines = _run("list", "recipes").stdout.splitlines()
+def test_list_recipes_describes_them_and_marks_those_that_cannot_be_run():
+    told = _run("list", "recipes").stdout
+    lines = [line for line in told.splitlines() if not line.startswith(" ")]
     assert lines[: len(names())] == names()
     assert lines[len(names()) :] == [f"{name} (cannot be run: others extend it)" for name in bases()]
+    for name in names():
+        assert f"{name}\n  {load(name).description}\n" in told
+    assert "glue/minilm-paper/stsb\n  STS-B with the embedded MiniLM encoder and the penalties of the" in told
 
 
 def test_list_methods_tasks_and_models():

@@ -1,6 +1,7 @@
 """The closing table: what its cells say, and how runs are told apart."""
 
 from rankbits.records import RunRecord
+from rankbits.reports.sections import modules, tiles
 from rankbits.reports.tables import COLUMNS, labels, run_table
 
 
@@ -16,6 +17,22 @@ def test_learned_ranks_and_bits_are_means(gated_run: RunRecord) -> None:
 def test_plain_lora_has_a_fixed_rank_and_full_precision(lora_run: RunRecord) -> None:
     (row,) = run_table([lora_run])
     assert row == ["lora", "78.50 accuracy", "8.00 (fixed)", "full", "full", "259,000", "2.4"]
+
+
+def test_weights_of_a_base_that_was_loaded_in_few_bits_are_not_in_full_precision(gated_run: RunRecord) -> None:
+    kept = [
+        module.model_copy(
+            update={"quantized_base": True, "bits": {site: b for site, b in module.bits.items() if site != "weight"}}
+        )
+        for module in gated_run.modules
+    ]
+    record = gated_run.model_copy(update={"modules": kept})
+    (row,) = run_table([record])
+    assert row[3:5] == ["as loaded", "7.30"]
+    assert ("bits of W0, mean", "as loaded") in tiles(record)
+    told = modules(record)
+    column = told["columns"].index("bits of W0")
+    assert {line[column] for line in told["rows"]} == {"as loaded"}
 
 
 def test_a_pruned_rank_is_not_fixed(pruned_run: RunRecord) -> None:

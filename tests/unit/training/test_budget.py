@@ -30,6 +30,16 @@ PHASES = (0.1, 0.4, 0.2)
         ("bits=4", {"learn_bits": False}, "bits=4: the model has no quantizers.*learn_bits=True"),
         ("rank=2", {"learn_rank": False}, "rank=2: the model has no rank gates.*learn_rank=True and r of at least 2"),
         (["bits=1", "rank=9"], {}, "bits=1 cannot be met.*; rank=9 cannot be met"),
+        (
+            ["bops=0.1", "bits=16"],
+            {"placement": "merged"},
+            r"bits=16 contradicts bops=0.1, which leaves it 10\.67",
+        ),
+        (
+            ["bits=2.5", "bops=1.0"],
+            {"placement": "merged"},
+            r"bops=1 contradicts bits=2.5, which leaves it 0\.25",
+        ),
     ],
 )
 def test_what_cannot_be_met_is_refused_before_training(adapted, budget, settings, said) -> None:

@@ -1,11 +1,12 @@
 """Budgets are met exactly: never exceeded, and with less left over than the cheapest open gate costs."""
 
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankbits.gates.hard_concrete import OPEN_LOGIT
-from rankbits.training.cost_terms import Cost, Terms, delivered
+from rankbits.training.cost_terms import Cost, Term, Terms, delivered
 from rankbits.training.enforcement import enforce
 from rankbits.training.gate_table import GateLogits
 
@@ -107,6 +108,74 @@ def test_budgets_are_never_exceeded_and_no_gate_is_left_that_fits(sizes: list[in
                 chains[row] -= 1
     for low_, high in ((found.widths, widths),):
         assert torch.equal((low_ > OPEN_LOGIT).to(torch.int64).cumprod(dim=1).sum(dim=1), high)
+
+
+def _smallest_open(cost: Cost, found: GateLogits) -> float:
+    """What closing the cheapest open gate saves; infinite where every gate is closed, or open."""
+    widths, ranks = found.open_widths(), found.open_ranks()
+    amounts = delivered(widths, ranks)
+    savings = torch.cat([cost.width_savings(amounts), cost.rank_savings(amounts)])
+    most = torch.cat([torch.full_like(widths, 4), found.ranks.isfinite().sum(dim=1)])
+    counts = torch.cat([widths, ranks])
+    if bool((counts == most).all()):
+        return torch.inf
+    return float(savings[(counts > 0) & (savings > 0.0)].min()) if bool(counts.any()) else torch.inf
+
+
+def _encoder(layers: int) -> Cost:
+    """Bit operations of blocks: q, k, v read one input; o, up and down one each; up and down are four times as wide."""
+    terms: list[Term] = []
+    for block in range(layers):
+        first = 10 * block
+        readers = ((0, 6, 1), (1, 6, 1), (2, 6, 1), (3, 7, 1), (4, 8, 4), (5, 9, 4))
+        terms += [(size * 384**2, first + weight, first + x, None) for weight, x, size in readers]
+    return Cost(Terms(terms, 10 * layers, 0), float(layers * 12 * 384**2 * 256))
+
+
+def _beside(layers: int) -> Cost:
+    """Bit operations of the paper's placement: W0 x, A x and B of every rank."""
+    terms: list[Term] = []
+    for row in range(layers):
+        x, w, a, b, e = range(5 * row, 5 * row + 5)
+        terms += [(384**2, w, x, None), (384, a, x, row), (384, b, e, row)]
+    return Cost(Terms(terms, 5 * layers, layers), float(layers * 384**2 * 256))
+
+
+@pytest.mark.parametrize(
+    ("cost", "rows", "ranks"),
+    [(_cost([1, 1, 1, 1, 4, 4] * 3), 18, 0), (_encoder(2), 20, 0), (_beside(4), 20, 4)],
+    ids=["bits", "operations", "beside"],
+)
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10_000), share=st.floats(0.02, 0.98))
+def test_less_is_left_than_the_cheapest_open_gate_costs(
+    cost: Cost, rows: int, ranks: int, seed: int, share: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = GateLogits(
+        torch.randn(rows, 4, generator=generator) * 3.0 + 2.0,
+        torch.randn(ranks, 7, generator=generator) * 2.0 + 2.0,
+        torch.ones(ranks, dtype=torch.bool),
+    )
+    none = torch.zeros(rows, dtype=torch.int64), torch.zeros(ranks, dtype=torch.int64)
+    low, high = cost.hard(delivered(*none)), cost.hard(delivered(none[0] + 4, none[1] + 7))
+    limit = low * (high / low) ** share
+    found = enforce(logits, [cost], [limit])
+    assert 0.0 <= limit - _hard(cost, found) < _smallest_open(cost, found)
+
+
+def test_where_no_gates_add_up_to_the_budget_what_was_chosen_stands() -> None:
+    logits = _widths([[6.0, 6.0, 6.0, 6.0]])
+    # 4 bits leave 3 of 7, where the one open gate costs 2; 8 bits are too many.
+    assert enforce(logits, [_cost([1])], [7.0]).open_widths().tolist() == [1]
+
+
+def test_a_budget_is_left_with_more_where_another_that_is_used_up_presses_all_its_gates() -> None:
+    logits = _widths([[6.0, 6.0, -4.0, -4.0], [6.0, 2.0, -4.0, -4.0]])
+    tight, loose = _cost([1, 1]), _cost([2, 3])
+    found = enforce(logits, [loose, tight], [7.9, 6.0])
+    assert found.open_widths().tolist() == [2, 1]
+    assert _hard(tight, found) == 6.0
 
 
 def test_several_budgets_are_met_together() -> None:

@@ -10,8 +10,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from rankbits import BayesianLoraConfig, Budget, GateSchedule, summarize
 from rankbits.errors import ScheduleError
-from rankbits.training.evidence import TRUST, shrunk
-from rankbits.training.gate_table import GateTable
+from rankbits.training.evidence import TRUST, nested, posterior_evidence, shrunk
+from rankbits.training.gate_table import GateTable, PerGate
 from rankbits.tuners.bayesian_lora import adapted_layers, learning_adapters
 from rankbits.tuners.bayesian_lora.config import PAPER_SITES, Site
 
@@ -34,8 +34,8 @@ class TwoPaths(nn.Module):
 
 def _model(**settings: object) -> PeftModel:
     torch.manual_seed(3)
-    chosen = {"placement": "merged", "quantizers": ["weight"], "calibration_passes": 1} | settings
-    return get_peft_model(TwoPaths(), BayesianLoraConfig(r=2, target_modules=["loud", "quiet"], **chosen))
+    chosen = {"r": 2, "placement": "merged", "quantizers": ["weight"], "calibration_passes": 1} | settings
+    return get_peft_model(TwoPaths(), BayesianLoraConfig(target_modules=["loud", "quiet"], **chosen))
 
 
 def _train(model: nn.Module, schedule: GateSchedule, steps: int, *, seed: int = 0) -> None:
@@ -123,7 +123,6 @@ def test_an_interrupted_run_chooses_what_an_uninterrupted_one_does() -> None:
     [
         ({"allocation": "luck"}, "allocation: given 'luck', expected one of descent, evidence"),
         ({"phases": (0.0, 0.5, 0.5)}, "second half of the warm-up, which has 0 of 20 steps"),
-        ({"budget": "rank=1"}, "allocation='evidence' measures widths alone"),
     ],
 )
 def test_what_evidence_cannot_do_is_refused(settings, said) -> None:
@@ -296,6 +295,89 @@ def test_a_budget_is_met_by_evidence_that_was_drawn_together() -> None:
     # At its word 8 bits for the first are worth more than 4 for the last two: 0.03 / 4 against 0.01 / 2 a bit.
     tiny = [1e-9, 1e-9]
     evidence = torch.tensor([[1, 0.03, *tiny], [1, 0.001, *tiny], [0.01, 0.001, *tiny], [0.01, 0.001, *tiny]])
-    schedule.controller.table.set_evidence(evidence)
+    schedule.controller.table.set_evidence(PerGate(evidence, torch.zeros(0, 0)))
     schedule.step()
     assert [entry.bits["weight"] for entry in summarize(model)] == [4, 4, 4, 4]
+
+
+OFF_GRID = {"placement": "separate", "quantizers": ["weight", "input", "down", "up", "diagonal_output"], "r": 3}
+
+
+def _with_one_useful_layer(**settings: object) -> PeftModel:
+    """All components of the loud layer's update matter, and of the quiet one's the first alone."""
+    model = _model(**(OFF_GRID | settings))
+    with torch.no_grad():
+        for name, layer in adapted_layers(model):
+            up = layer.bayesian_lora_up["default"]
+            up.copy_(torch.randn(up.shape, generator=torch.Generator().manual_seed(8)))
+            up[:, 1:] *= float(name.endswith("loud"))
+    return model
+
+
+def _standing_still(model: PeftModel, schedule: GateSchedule, steps: int) -> None:
+    torch.manual_seed(1)
+    model.train()
+    for _ in range(steps):
+        x = torch.randn(32, 16)
+        (model(x) - x.roll(1, dims=1)).square().mean().backward()
+        model.zero_grad()
+        schedule.step()
+
+
+@pytest.mark.parametrize("rank_gate", ["ste", "hard_concrete"])
+@pytest.mark.parametrize("placement", ["separate", "merged"])
+def test_what_is_measured_of_ranks_is_the_squared_gradient_by_open_gates(rank_gate, placement) -> None:
+    chosen = {"quantizers": ["weight"], "weight_gradient_rows": 4} if placement == "merged" else {}
+    model = _with_one_useful_layer(rank_gate=rank_gate, placement=placement, **chosen)
+    schedule = GateSchedule(model, 4, budget="bits=6", allocation="evidence", phases=(0.5, 0.0, 0.5))
+    _standing_still(model, schedule, 1)
+    assert schedule.phase().measures
+    x, weights = torch.randn(8, 16), torch.randn(16)
+    (model(x) * weights).sum().backward()
+    (loud, name, gates), (_, _, quiet) = learning_adapters(model)
+    down, up = loud.bayesian_lora_down[name].detach(), loud.bayesian_lora_up[name].detach()
+    by_gate = loud.scaling[name] * (x @ down.T * (weights @ up)).sum(dim=0)  # E is one
+    torch.testing.assert_close(gates.rank_evidence, by_gate[1:].square(), rtol=1e-3, atol=1e-6)
+    assert torch.equal(quiet.rank_evidence, torch.zeros(2))
+
+
+def test_ranks_that_are_worth_nothing_close_before_bits_that_are_worth_something() -> None:
+    model = _with_one_useful_layer()
+    # All gates open: 32 x 32 bit operations for each of 16 x 16 MACs of the weight and 2 x 16 of each of three ranks.
+    # That makes 5.5; without two ranks of one layer it is 5.0.
+    schedule = GateSchedule(model, 20, budget="bops=5.05", phases=PHASES)
+    _standing_still(model, schedule, 20)
+    loud, quiet = summarize(model)
+    assert (loud.rank, quiet.rank) == (3, 1)
+    (state,) = schedule.budgets()
+    assert state.cost <= state.budget.limit
+    assert loud.rank_open_probabilities[0] > 0.7
+    assert quiet.rank_open_probabilities[0] < 0.1, "a gate that was worth nothing is known to be"
+
+
+@pytest.mark.parametrize("budget", ["bops=0.2", "bytes=0.3", "bits=4"])
+def test_ranks_that_cost_nothing_stay(budget: str) -> None:
+    model = _with_one_useful_layer(placement="merged", quantizers=["weight", "input"])
+    _standing_still(model, GateSchedule(model, 20, budget=budget, phases=PHASES), 20)
+    assert [entry.rank for entry in summarize(model)] == [3, 3]
+
+
+def test_a_budget_of_ranks_can_be_met_by_evidence() -> None:
+    model = _with_one_useful_layer(learn_bits=False)
+    schedule = GateSchedule(model, 20, budget="rank=2", allocation="evidence", phases=PHASES)
+    _standing_still(model, schedule, 20)
+    assert [entry.rank for entry in summarize(model)] == [3, 1]
+
+
+def test_a_rank_behind_others_that_are_worth_less_is_worth_their_mean() -> None:
+    evidence = torch.tensor([[1.0, 4.0, 1.0], [5.0, 2.0, -torch.inf], [-torch.inf] * 3], dtype=torch.float64)
+    expected = torch.tensor([[2.5, 2.5, 1.0], [5.0, 2.0, -torch.inf], [-torch.inf] * 3], dtype=torch.float64)
+    assert torch.equal(nested(evidence), expected)
+
+
+def test_evidence_of_ranks_is_drawn_together_before_it_is_put_in_order() -> None:
+    measured = PerGate(torch.zeros(0, 4), torch.tensor([[1.0, 16.0], [16.0, -torch.inf]]))
+    found = posterior_evidence(measured, torch.zeros(0, dtype=torch.int64)).ranks
+    first = 4.0 * 0.25**TRUST
+    assert torch.allclose(found[0], torch.full((2,), (first + 16.0) / 2.0, dtype=torch.float64))
+    assert found[1].tolist() == [pytest.approx(4.0 * 4.0**TRUST), -torch.inf]

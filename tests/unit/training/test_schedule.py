@@ -175,6 +175,21 @@ def test_the_steps_are_remembered_by_the_layers(adapted) -> None:
     assert any("bayesian_lora_steps" in name for name in model.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("steps", "phases", "said"),
+    [
+        (10, (0.25, 0.25, 1.5), r"three shares >= 0 with a sum <= 1, got \(0.25, 0.25, 1.5\)"),
+        (10, (float("nan"), 0.25, 0.25), r"three shares >= 0 with a sum <= 1, got \(nan"),
+        (10, (0.5, 0.5), r"three shares >= 0 with a sum <= 1, got \(0.5, 0.5\)"),
+        (2.5, (0.25, 0.25, 0.25), "total_steps must be a whole number >= 1, got 2.5"),
+        (True, (0.25, 0.25, 0.25), "total_steps must be a whole number >= 1, got True"),
+    ],
+)
+def test_phases_that_do_not_fit_the_run_are_refused(adapted, steps, phases, said) -> None:
+    with pytest.raises(ScheduleError, match=said):
+        GateSchedule(adapted(), steps, phases=phases)
+
+
 @pytest.mark.parametrize(("name", "form"), [("lambda_q", "bits=4"), ("lambda_r", "rank=2")])
 @torch.no_grad()
 def test_a_lambda_that_closed_every_gate_is_named_once_with_the_budget_to_use(adapted, name, form) -> None:
@@ -185,7 +200,7 @@ def test_a_lambda_that_closed_every_gate_is_named_once_with_the_budget_to_use(ad
         gates.rank_logits.fill_(-3.0)
     for _ in range(5):
         schedule.step()
-    with pytest.warns(RankbitsWarning, match=f'{name} has closed every gate.*budget="{form}"'):
+    with pytest.warns(RankbitsWarning, match=rf'{name}=\S+ has closed every gate.*budget="{form}"'):
         schedule.step()
     schedule.step()  # a second warning would be an error
 

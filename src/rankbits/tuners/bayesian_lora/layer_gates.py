@@ -45,9 +45,10 @@ def _widths(logits: Tensor, *, hard: bool, share: float) -> Tensor:
 class LayerGates(Float32State):
     """Logits of the width gates of all quantizers of a layer, and of the gates of all ranks but the first.
 
-    While it `measures`, nothing is sampled and the squared gradients of the loss by the width gates are summed up in
-    `evidence` [sites, 4]. Times half the number of examples in a batch their mean is, to second order with the
-    empirical Fisher information in place of the Hessian, what closing a gate costs in the loss.
+    While it `measures`, nothing is sampled and the squared gradients of the loss by the gates are summed up in
+    `evidence` [sites, 4] and `rank_evidence` [r - 1]. Times half the number of examples in a batch their mean is, to
+    second order with the empirical Fisher information in place of the Hessian, what closing a gate costs in the loss;
+    a rank's, once those behind it in the chain are closed.
 
     Args:
         sites: number of quantizers; 0 if bits are not learned.
@@ -60,6 +61,7 @@ class LayerGates(Float32State):
     """
 
     evidence: Tensor
+    rank_evidence: Tensor
 
     def __init__(
         self,
@@ -80,6 +82,7 @@ class LayerGates(Float32State):
         self.rank_logits = nn.Parameter(torch.full((rank - 1,), initial_rank_logit)) if rank is not None else None
         # Part of learning and not of the adapter: the schedule keeps it in its own state.
         self.register_buffer("evidence", torch.zeros(widths), persistent=False)
+        self.register_buffer("rank_evidence", torch.zeros(0 if rank is None else rank - 1), persistent=False)
 
     def values(self, *, hard: bool) -> GateValues:
         """Gate values of one pass; noise, where there is any, is drawn from the default generator."""
@@ -100,17 +103,18 @@ class LayerGates(Float32State):
         return _widths(self.bit_logits[row], hard=hard, share=self.sampled_share)
 
     def _measured(self, rows: slice | int) -> Tensor:
-        """The gates of inference, as numbers whose squared gradients are added to the evidence in the backward pass."""
+        """The width gates of inference, as numbers that are measured."""
         assert self.bit_logits is not None
-        standing = chain.hard(hard_concrete.is_open(self.bit_logits.detach()[rows]))
-        values = standing.to(torch.float32).requires_grad_(torch.is_grad_enabled())
-        if values.requires_grad:
-            values.register_hook(lambda gradient: self._note(rows, gradient))
-        return values
+        standing = chain.hard(hard_concrete.is_open(self.bit_logits.detach()[rows])).to(torch.float32)
+        return self._noted(standing, self.evidence[rows])
 
-    @torch.no_grad()
-    def _note(self, rows: slice | int, gradient: Tensor) -> None:
-        self.evidence[rows] += gradient.square()
+    @staticmethod
+    def _noted(values: Tensor, evidence: Tensor) -> Tensor:
+        """A leaf of these values whose squared gradient is added to `evidence` in the backward pass."""
+        leaf = values.detach().requires_grad_(torch.is_grad_enabled())
+        if leaf.requires_grad:
+            leaf.register_hook(lambda gradient: _add_square(evidence, gradient))
+        return leaf
 
     def without_row(self, row: int) -> None:
         """Drop the width gates of one quantizer, which another layer decides about; before training alone."""
@@ -126,11 +130,13 @@ class LayerGates(Float32State):
         logits = self.rank_logits
         if self.rank_gate is RankGate.STRAIGHT_THROUGH:
             gates = chain.round_straight_through(chain.cumulative(torch.sigmoid(logits)))
-        elif hard:
+        elif hard or self.measures:
             gates = chain.hard(hard_concrete.is_open(logits)).to(logits.dtype)
         else:
             noise = hard_concrete.draw_noise(tuple(logits.shape), device=logits.device)
             gates = chain.cumulative(hard_concrete.sample(logits, noise))
+        if self.measures and not hard:
+            gates = self._noted(gates, self.rank_evidence)
         return torch.cat([torch.ones_like(gates[:1]), gates])
 
     def width_probabilities(self) -> Tensor | None:
@@ -157,3 +163,8 @@ class LayerGates(Float32State):
         for logits in (self.bit_logits, self.rank_logits):
             if logits is not None:
                 logits.clamp_(low, high)
+
+
+@torch.no_grad()
+def _add_square(evidence: Tensor, gradient: Tensor) -> None:
+    evidence += gradient.square()

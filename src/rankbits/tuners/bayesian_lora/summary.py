@@ -16,6 +16,7 @@ from rankbits.records.certainty import DecidingGate, marginals, rank_gates, widt
 from rankbits.tuners.bayesian_lora.config import RankGate
 from rankbits.tuners.bayesian_lora.find import GatedLayer, layers_of
 from rankbits.tuners.bayesian_lora.head import QuantizedHeadLinear
+from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
 
 _WRAPPER = "base_model.model."
@@ -37,6 +38,8 @@ class LayerSummary:
         rank_open_probabilities: the same for the gates of ranks 2 to r; for straight-through gates sigmoid(logit).
         rank_gate: how rank gates get their value, "ste" or "hard_concrete"; None where ranks have no gates.
         shared: site to the layer that owns its gates (or, once hardened, its quantizer), where that is another one.
+        quantized_base: whether the base was loaded in few bits (bitsandbytes, torchao): its weight keeps that grid, and
+            has neither a quantizer of ours nor an entry in `bits`.
     """
 
     name: str
@@ -49,6 +52,7 @@ class LayerSummary:
     rank_open_probabilities: tuple[float, ...] = ()
     rank_gate: str | None = None
     shared: dict[str, str] = field(default_factory=dict)
+    quantized_base: bool = False
 
     def width_marginals(self) -> dict[str, list[float]]:
         """Site to the probability of at least 4, 8, 16 and 32 bits: of that gate and all before it being open."""
@@ -111,6 +115,10 @@ def _notes(entries: Iterable[LayerSummary]) -> list[str]:
         notes[-1] += "; in full: a head without a low-rank update"
     if any(entry.shared for entry in listed):
         notes[-1] += "; = shared with a layer that reads the same tensor or has the same width by request"
+    kept = sum(entry.quantized_base for entry in listed)
+    if kept:
+        of = "all" if kept == len(listed) else f"{kept} of {len(listed)}"
+        notes[-1] += f"; weights of {of} layers keep the grid that the base was loaded with, and have no quantizer here"
     notes[-1] += "."
     return notes
 
@@ -161,7 +169,8 @@ def _layer_summary(name: str, layer: GatedLayer, adapter_name: str, owners: dict
     gates = layer.gates_of(adapter_name)
     rank, maximum, expected_rank, open_ranks = _rank(layer, adapter_name, gates)
     kind = gates.rank_gate.value if gates is not None and open_ranks else None
-    return LayerSummary(name, rank, maximum, expected_rank, bits, expected, single, open_ranks, kind, shared)
+    kept = isinstance(layer, BayesianLoraLinear) and layer.quantization_backend is not None
+    return LayerSummary(name, rank, maximum, expected_rank, bits, expected, single, open_ranks, kind, shared, kept)
 
 
 def _width(gates: LayerGates, row: int) -> tuple[int, float, tuple[float, ...]]:
