@@ -8,29 +8,30 @@ from rankbits.recipes.catalogue import method_names
 
 SEEDS = (42, 43, 44)
 ENCODER, DECODER = "stsb", "e2e_nlg"
+HEAD = "head"
+"""The head alone, trained on all rows: every method of the encoder starts from that model."""
 FEATURES = "feature-based"
-"""The frozen encoder below a trained head: the floor of every other method there."""
+"""That head trained on: the floor of every other method of the encoder."""
 UNTRAINED = "untrained"
 """The model as it is loaded: the floor of a trained head alone, and of all methods of the decoder."""
-ALL_LINEAR = "adapter.targets=all-linear"
-USUAL_RATE = 2e-3
-"""Of adapters and heads on the encoder: four times less had not taught LoRA anything after 30 steps."""
-RATES = {"full": 2e-4, "top-layer": 5e-4, "prefix": 5e-3, "prompt": 5e-3}
-"""Whole weights move in smaller steps, virtual tokens in larger ones."""
+USUAL_RATE = 1e-3
+RATES = {"full": 1e-4, "top-layer": 3e-4, "rslora": 3e-4, "adalora": 5e-3, "prefix": 5e-3, "prompt": 5e-3}
+"""Learning rates on the encoder that are not the usual one. Whole weights and an update that is scaled by
+alpha / sqrt(64) move in smaller steps; AdaLoRA's, which starts from two small factors and a zero, and virtual tokens in
+larger ones."""
 
-STSB = (
+COMMON = (
     f"task.name={ENCODER}",
     "task.max_length=64",
-    "task.train_rows=480",
     "adapter.modules_to_save=[pooler,classifier]",
-    ALL_LINEAR,
-    "training.batch_size=16",
-    "training.epochs=2",
     "training.group_by_length=true",
     "training.warmup_ratio=0.1",
     "training.scheduler=linear",
     "training.max_grad_norm=1",
+    "training.epochs=1",
 )
+FIRST = (*COMMON, "training.batch_size=32", "task.train_rows=null")
+STSB = (*COMMON, "training.batch_size=8", "task.train_rows=960", "adapter.targets=all-linear")
 E2E = (
     f"task.name={DECODER}",
     "model=smollm2",
@@ -42,12 +43,11 @@ E2E = (
     "training.scheduler=linear",
     "training.max_grad_norm=1",
 )
-WORK = {ENCODER: STSB, DECODER: E2E}
 SCORED_ROWS = 64
 """Rows of the decoder's test split that are scored, drawn by the hash of their content."""
 OWN = {
     "bayesian-lora": (
-        ALL_LINEAR,
+        "adapter.targets=all-linear",
         "adapter.placement=merged",
         "adapter.granularity=group",
         "adapter.quantizers=[weight,input]",
@@ -67,7 +67,7 @@ class Point:
 
     Args:
         task: ENCODER or DECODER.
-        method: the word of recipes, or UNTRAINED.
+        method: the word of recipes, HEAD or UNTRAINED.
         seed: of head, adapter and order of rows.
     """
 
@@ -83,20 +83,28 @@ class Point:
     @property
     def recipe(self) -> str:
         """The shipped recipe of the method."""
-        return f"methods/{FEATURES if self.method == UNTRAINED else self.method}"
+        return f"methods/{FEATURES if self.method in (HEAD, UNTRAINED) else self.method}"
+
+    @property
+    def start(self) -> Point | None:
+        """The point whose model it starts from, None where it starts from the pre-trained one."""
+        begins = self.task == DECODER or self.method in (HEAD, UNTRAINED)
+        return None if begins else Point(ENCODER, HEAD, self.seed)
 
     @property
     def changes(self) -> tuple[str, ...]:
         """What the recipe is changed to. On the decoder methods keep the learning rates of their recipes."""
-        rates = (f"training.learning_rate={RATES.get(self.method, USUAL_RATE):g}",) if self.task == ENCODER else ()
-        return (*WORK[self.task], *OWN.get(self.method, ()), *rates, f"training.seed={self.seed}")
+        own = OWN.get(self.method, ())
+        if self.task == DECODER:
+            return (*E2E, *own, f"training.seed={self.seed}")
+        rate = f"training.learning_rate={RATES.get(self.method, USUAL_RATE):g}"
+        return (*(FIRST if self.start is None else STSB), *own, rate, f"training.seed={self.seed}")
 
 
 def _all() -> list[Point]:
-    methods = (UNTRAINED, *method_names())
-    encoder = [Point(ENCODER, method, seed) for seed in SEEDS for method in methods]
+    encoder = [Point(ENCODER, method, seed) for seed in SEEDS for method in (UNTRAINED, HEAD, *method_names())]
     # A decoder's head is its table of embeddings, which cannot train alone.
-    decoder = [Point(DECODER, method, SEEDS[0]) for method in methods if method != FEATURES]
+    decoder = [Point(DECODER, method, SEEDS[0]) for method in (UNTRAINED, *method_names()) if method != FEATURES]
     return [*encoder, *decoder]
 
 

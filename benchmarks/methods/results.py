@@ -8,13 +8,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from points import DECODER, ENCODER, FEATURES, POINTS, SEEDS, UNTRAINED, Point
+from points import DECODER, ENCODER, FEATURES, HEAD, POINTS, SEEDS, UNTRAINED, Point
 from scipy.stats import t as student
 
 from rankbits.recipes.catalogue import method_names
 
 RESULTS = Path(__file__).resolve().parent / "results"
-HEAD = (
+COLUMNS = (
     "method",
     "trained, encoder",
     "of it head",
@@ -36,9 +36,9 @@ def path_of(point: Point) -> Path:
 
 def verdict() -> tuple[str, bool]:
     """The table of what is finished, and whether a method with all its results did not clearly leave its floor."""
-    lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     stuck = []
-    for method in (UNTRAINED, *method_names()):
+    for method in (UNTRAINED, HEAD, *method_names()):
         cells, learned = _row(method)
         lines.append(f"| {method} | {' | '.join(cells)} |")
         if not learned:
@@ -61,7 +61,7 @@ def _encoder(method: str) -> tuple[list[str], bool]:
     cells = [_spread(list(scores.values()))]
     if method == UNTRAINED:
         return ["0", "0", "–", *cells, "–", "–"], True
-    floors = _finished(ENCODER, UNTRAINED if method == FEATURES else FEATURES)
+    floors = _finished(ENCODER, UNTRAINED if method in (HEAD, FEATURES) else FEATURES)
     margins = [scores[seed] - _score(floors[seed]) for seed in scores if seed in floors]
     first = next(iter(found.values()))
     parameters, minutes = first["parameters"], statistics.fmean(r["training"]["seconds"] / 60 for r in found.values())

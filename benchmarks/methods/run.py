@@ -53,16 +53,15 @@ def decoder_data(scratch: Path) -> Path:
 
 
 def recipe_of(point: Point, scratch: Path) -> Recipe:
-    """The recipe of a point, with its data and its run folder."""
+    """The recipe of a point, with its data, what it starts from, and its run folder."""
     data = [f"task.data={decoder_data(scratch)}"] if point.task == DECODER else []
-    return load(point.recipe, [*point.changes, *data, f"output={scratch / point.name}"])
+    start = [f"model={scratch / point.start.name / 'model'}"] if point.start else []
+    return load(point.recipe, [*point.changes, *data, *start, f"output={scratch / point.name}"])
 
 
 def command_of(point: Point) -> str:
-    """What a reader types to get the same: `rankbits train` where a recipe says it all."""
-    if point.method == UNTRAINED or point.task == DECODER:
-        return shlex.join([COMMAND, "--only", point.name])
-    return shlex.join(["rankbits", "train", point.recipe, *point.changes])
+    """What a reader types to get the same."""
+    return shlex.join([COMMAND, "--only", point.name])
 
 
 def untrained(point: Point, recipe: Recipe) -> dict[str, Any]:
@@ -93,6 +92,8 @@ def untrained(point: Point, recipe: Recipe) -> dict[str, Any]:
 def work(point: Point, scratch: Path) -> None:
     """Store the result of a point. Whatever rankbits raises comes through; nothing is stored then."""
     RESULTS.mkdir(exist_ok=True)
+    if point.start is not None and not (scratch / point.start.name / "record.json").is_file():
+        run(recipe_of(point.start, scratch), command=command_of(point.start))
     recipe = recipe_of(point, scratch)
     if point.method == UNTRAINED:
         write_atomically(path_of(point), json.dumps(untrained(point, recipe), indent=2, allow_nan=False) + "\n")
