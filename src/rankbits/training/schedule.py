@@ -179,6 +179,7 @@ class GateSchedule:
             fixed=fixed,
             largest_macs=self.largest_macs,
             largest_stored=self.largest_stored,
+            stands=not fixed and self.penalised_steps == 0,
             measures=self.controller is not None and self.controller.measures(self.completed_steps),
         )
 
@@ -285,9 +286,7 @@ class GateSchedule:
         self.restore(state["completed_steps"])
 
 
-def _check_numbers(
-    total_steps: int, lambda_q: float | None, lambda_r: float | None, phases: tuple[float, float, float]
-) -> None:
+def _check_numbers(total_steps: Any, lambda_q: float | None, lambda_r: float | None, phases: Sequence[float]) -> None:
     problems = []
     if isinstance(total_steps, bool) or not isinstance(total_steps, Integral) or total_steps < 1:
         problems.append(f"total_steps must be a whole number >= 1, got {total_steps!r}")

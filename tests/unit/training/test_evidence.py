@@ -91,6 +91,46 @@ def test_what_is_measured_is_the_squared_gradient_by_open_gates() -> None:
     assert loud is not None
 
 
+@pytest.mark.parametrize(
+    ("options", "phases"),
+    [
+        ({"budget": "bits=6", "allocation": "evidence"}, (0.5, 0.0, 0.5)),
+        ({"lambda_q": 0.0, "lambda_r": 0.0}, (0.5, 0.0, 0.5)),
+    ],
+)
+def test_gates_that_cannot_close_before_they_are_fixed_are_not_sampled(options: dict, phases: tuple) -> None:
+    model = _model()
+    schedule = GateSchedule(model, 8, phases=phases, **options)
+    with torch.no_grad():
+        for _, _, gates in learning_adapters(model):
+            gates.bit_logits.fill_(0.0)  # open, and sampled closed in one pass of six
+    assert schedule.phase().stands
+    assert not schedule.phase().measures
+    model.train()
+    x = torch.randn(4, 16)
+    first = model(x)
+    assert all(torch.equal(first, model(x)) for _ in range(8))
+    first.sum().backward()
+    assert all(gates.bit_logits.grad is None for _, _, gates in learning_adapters(model))
+    ranges = [q.log_range for layer, name, _ in learning_adapters(model) for q in layer.quantizers_of(name).values()]
+    assert not any(log_range.requires_grad for log_range in ranges)
+    schedule.restore(4)
+    assert not schedule.phase().stands
+
+
+def test_gates_that_a_penalty_can_close_are_sampled_from_the_first_step() -> None:
+    model = _model()
+    schedule = GateSchedule(model, 8, phases=(0.5, 0.25, 0.25))
+    assert not schedule.phase().stands
+    with torch.no_grad():
+        for _, _, gates in learning_adapters(model):
+            gates.bit_logits.fill_(0.0)
+    model.train()
+    x = torch.randn(4, 16)
+    first = model(x)
+    assert not all(torch.equal(first, model(x)) for _ in range(8))
+
+
 def test_measuring_passes_are_free_of_noise() -> None:
     model = _model()
     schedule = GateSchedule(model, 4, budget="bits=6", allocation="evidence", phases=(0.5, 0.0, 0.5))

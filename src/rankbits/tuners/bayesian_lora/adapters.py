@@ -31,7 +31,9 @@ class GatePhase:
         largest_stored: if given, widths are penalised by stored bytes, relative to the tensor with this many numbers.
         pressure: weights of the probability of each width gate [sites, 4] and rank gate [r - 1] of the layer in the
             penalty; None while no budget presses.
-        measures: gates stand as at inference, and what closing each would cost is measured.
+        stands: gates are those of inference though they are not fixed yet, and ranges follow the largest magnitude:
+            noise serves nothing while no gate can close.
+        measures: what closing each gate would cost is measured meanwhile.
     """
 
     lambda_q: float = 0.0
@@ -40,6 +42,7 @@ class GatePhase:
     largest_macs: int | None = None
     largest_stored: int | None = None
     pressure: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
+    stands: bool = False
     measures: bool = False
 
 
@@ -258,8 +261,8 @@ class GatedAdapters(AdapterLinear, ABC):
     def set_phase(self, adapter_name: str, phase: GatePhase, completed_steps: int) -> None:
         """Enter a phase of the schedule; a fixed phase freezes the gates, whatever later activates the adapter.
 
-        It also fits the ranges of the weight to the widths that are now known, and freezes them. While closing gates is
-        measured, no range is trained.
+        It also fits the ranges of the weight to the widths that are now known, and freezes them. While gates
+        stand, no range is trained.
         """
         begins = phase.fixed and not self.phase[adapter_name].fixed
         self.phase[adapter_name] = phase
@@ -275,11 +278,11 @@ class GatedAdapters(AdapterLinear, ABC):
         gates = self.gates_of(adapter_name)
         if gates is not None and adapter_name in self.active_adapters and not self.disable_adapters:
             gates.requires_grad_(not phase.fixed)
-            gates.measures = phase.measures
+            gates.stands, gates.measures = phase.stands, phase.measures
             for site, quantizer in self.quantizers_of(adapter_name).items():
-                # While gates are measured ranges follow the largest magnitude: with all bits there is next to no
-                # gradient by a range, and an optimizer that normalises it would let the range drift.
-                still = phase.measures or (phase.fixed and site == Site.WEIGHT.value)
+                # While gates stand ranges follow the largest magnitude: with all bits there is next to no gradient by a
+                # range, and an optimizer that normalises it would let the range drift.
+                still = phase.stands or (phase.fixed and site == Site.WEIGHT.value)
                 quantizer.requires_grad_(not still)
 
     def _weight_ranges(self, adapter_name: str) -> Tensor | None:

@@ -103,7 +103,7 @@ class QuantizedHeadLinear(nn.Linear):
         quantizer = self.quantizers_of(self.adapter_name)[site.value]
         if isinstance(quantizer, FixedQuantizer) or widths is None:
             return quantizer(x)  # type: ignore[no-any-return]
-        if self.training and self.phase[self.adapter_name].measures:
+        if self.training and self.phase[self.adapter_name].stands:
             # What is measured is the cost of closing gates, so nothing may be clipped while the model still moves.
             quantizer.cover(x)
         result: Tensor = quantizer(x, widths[HEAD_SITES.index(site)], hard=self._is_hard())
@@ -153,7 +153,7 @@ class QuantizedHeadLinear(nn.Linear):
         """Enter a phase of the schedule; a fixed phase freezes the gates.
 
         It also fits the range of the weight to the width that is now known. The weight is still trained then, and the
-        range with it. While closing gates is measured, no range is trained.
+        range with it. While gates stand, no range is trained.
         """
         begins = phase.fixed and not self.phase[adapter_name].fixed
         self.phase[adapter_name] = phase
@@ -168,8 +168,8 @@ class QuantizedHeadLinear(nn.Linear):
             return
         phase = self.phase[self.adapter_name]
         gates.requires_grad_(not phase.fixed)
-        gates.measures = phase.measures
-        self.head_quantizers.requires_grad_(not phase.measures)
+        gates.stands, gates.measures = phase.stands, phase.measures
+        self.head_quantizers.requires_grad_(not phase.stands)
 
     def fit_weight_range(self, adapter_name: str) -> None:
         """Fit the range of the weight to the width it has now; once."""

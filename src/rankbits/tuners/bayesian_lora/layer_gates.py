@@ -45,10 +45,10 @@ def _widths(logits: Tensor, *, hard: bool, share: float) -> Tensor:
 class LayerGates(Float32State):
     """Logits of the width gates of all quantizers of a layer, and of the gates of all ranks but the first.
 
-    While it `measures`, nothing is sampled and the squared gradients of the loss by the gates are summed up in
-    `evidence` [sites, 4] and `rank_evidence` [r - 1]. Times half the number of examples in a batch their mean is, to
-    second order with the empirical Fisher information in place of the Hessian, what closing a gate costs in the loss;
-    a rank's, once those behind it in the chain are closed.
+    While it `stands`, gates are those of inference and nothing is sampled. While it `measures` besides, the squared
+    gradients of the loss by the gates are summed up in `evidence` [sites, 4] and `rank_evidence` [r - 1]. Times half
+    the number of examples in a batch their mean is, to second order with the empirical Fisher information in place of
+    the Hessian, what closing a gate costs in the loss; a rank's, once those behind it in the chain are closed.
 
     Args:
         sites: number of quantizers; 0 if bits are not learned.
@@ -76,7 +76,7 @@ class LayerGates(Float32State):
         super().__init__()
         self.rank_gate = rank_gate
         self.sampled_share = sampled_share
-        self.measures = False
+        self.stands = self.measures = False
         widths = (sites, len(GATED_WIDTHS))
         self.bit_logits = nn.Parameter(torch.full(widths, initial_bit_logit)) if sites else None
         self.rank_logits = nn.Parameter(torch.full((rank - 1,), initial_rank_logit)) if rank is not None else None
@@ -88,8 +88,8 @@ class LayerGates(Float32State):
         """Gate values of one pass; noise, where there is any, is drawn from the default generator."""
         if self.bit_logits is None:
             widths = torch.empty(0, len(GATED_WIDTHS))
-        elif self.measures and not hard:
-            widths = self._measured(slice(None))
+        elif self.stands and not hard:
+            widths = self._standing(slice(None))
         else:
             widths = _widths(self.bit_logits, hard=hard, share=self.sampled_share)
         return GateValues(widths, self._ranks(hard=hard), hard)
@@ -98,15 +98,15 @@ class LayerGates(Float32State):
         """[4] values of the width gates of one quantizer, with noise of their own: for layers that share them."""
         if self.bit_logits is None:
             raise IndexError(f"no width gates, so no row {row}")
-        if self.measures and not hard:
-            return self._measured(row)
+        if self.stands and not hard:
+            return self._standing(row)
         return _widths(self.bit_logits[row], hard=hard, share=self.sampled_share)
 
-    def _measured(self, rows: slice | int) -> Tensor:
-        """The width gates of inference, as numbers that are measured."""
+    def _standing(self, rows: slice | int) -> Tensor:
+        """The width gates of inference, as numbers, which are measured if it is time."""
         assert self.bit_logits is not None
         standing = chain.hard(hard_concrete.is_open(self.bit_logits.detach()[rows])).to(torch.float32)
-        return self._noted(standing, self.evidence[rows])
+        return self._noted(standing, self.evidence[rows]) if self.measures else standing
 
     @staticmethod
     def _noted(values: Tensor, evidence: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class LayerGates(Float32State):
         logits = self.rank_logits
         if self.rank_gate is RankGate.STRAIGHT_THROUGH:
             gates = chain.round_straight_through(chain.cumulative(torch.sigmoid(logits)))
-        elif hard or self.measures:
+        elif hard or self.stands:
             gates = chain.hard(hard_concrete.is_open(logits)).to(logits.dtype)
         else:
             noise = hard_concrete.draw_noise(tuple(logits.shape), device=logits.device)
