@@ -15,10 +15,10 @@ FEATURES = "feature-based"
 UNTRAINED = "untrained"
 """The model as it is loaded: the floor of a trained head alone, and of all methods of the decoder."""
 USUAL_RATE = 1e-3
-RATES = {"full": 1e-4, "top-layer": 3e-4, "rslora": 3e-4, "adalora": 5e-3, "prefix": 5e-3, "prompt": 5e-3}
+RATES = {"full": 1e-4, "top-layer": 3e-4, "rslora": 3e-4, "adalora": 5e-3, "dylora": 2e-3}
 """Learning rates on the encoder that are not the usual one. Whole weights and an update that is scaled by
-alpha / sqrt(64) move in smaller steps; AdaLoRA's, which starts from two small factors and a zero, and virtual tokens in
-larger ones."""
+alpha / sqrt(64) move in smaller steps; those of AdaLoRA, which starts from two small factors and a zero, and of DyLoRA,
+whose ranks are not trained in every step, in larger ones."""
 
 COMMON = (
     f"task.name={ENCODER}",
@@ -57,8 +57,10 @@ OWN = {
         "gates.warmup=0.2",
         "gates.range_learning_rate=0.01",
     ),
+    "dylora": ("adapter.dylora.mode=prefix",),
 }
-"""What a method changes of its recipe. Ours runs under a budget, a quarter of the 16-bit operations."""
+"""What a method changes of its recipe. Ours runs under a budget, a quarter of the 16-bit operations. DyLoRA trains all
+ranks up to the drawn one: one at a time needs more steps than these."""
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,9 @@ class PrefixSettings(BaseModel):
 
     model_config = STRICT
     virtual_tokens: Count = Field(default=20, description="a whole number of at least 1: length of the prefix")
+    init: Literal["random", "zero"] = Field(
+        default="random", description="random or zero: normal numbers, or keys and values of nothing but zeros"
+    )
 
 
 class PromptSettings(BaseModel):

@@ -154,8 +154,10 @@ def _prefix(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
     body = getattr(model, model.base_model_prefix, model)
     if "past_key_values" not in inspect.signature(body.forward).parameters:
         raise ValueError(f"its attention ({type(body).__name__}) takes no keys and values but those of its tokens")
+    own = recipe.adapter.prefix
     return PrefixTuningConfig(
-        num_virtual_tokens=recipe.adapter.prefix.virtual_tokens,
+        num_virtual_tokens=own.virtual_tokens,
+        init_weights="zero" if own.init == "zero" else None,
         modules_to_save=_own(recipe.adapter.modules_to_save),
     )
 

@@ -40,6 +40,8 @@ def configs(targets: dict) -> dict[str, PeftConfig]:
 
 
 NAMES = list(configs(BERT))
+ROUNDINGS = 2 * 9
+"""One product in place of two in each of up to nine adapted layers: how sums are ordered depends on the processor."""
 RELOAD = """
 from pathlib import Path
 import torch
@@ -114,8 +116,7 @@ def _tiny(kind: str) -> nn.Module:
 def test_transformers_alone_computes_the_same(reloaded: Callable, base: str, name: str) -> None:
     case = reloaded(base, name)
     size = case.output.abs().max()
-    # One product in place of two, in every layer: some ten roundings in float32.
-    assert (case.loaded - case.output).abs().max() <= 1e-6 * size
+    assert (case.loaded - case.output).abs().max() <= ROUNDINGS * torch.finfo(torch.float32).eps * size
     assert (case.plain - case.output).abs().max() > 0.003 * size
 
 

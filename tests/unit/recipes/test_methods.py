@@ -145,7 +145,8 @@ def test_keys_of_bottlenecks(method: str) -> None:
 def test_keys_of_virtual_tokens() -> None:
     prefix = _config("prefix", "adapter.prefix.virtual_tokens=6", "adapter.modules_to_save=[pooler]")
     assert isinstance(prefix, PrefixTuningConfig)
-    assert _fields(prefix, "num_virtual_tokens", "modules_to_save") == [6, ["pooler"]]
+    assert _fields(prefix, "num_virtual_tokens", "modules_to_save", "init_weights") == [6, ["pooler"], None]
+    assert _config("prefix", "adapter.prefix.init=zero").init_weights == "zero"
     changes = ["virtual_tokens=5", "init=text", "text=good"]
     prompt = _config("prompt", *(f"adapter.prompt.{change}" for change in changes))
     assert isinstance(prompt, PromptTuningConfig)
