@@ -224,13 +224,14 @@ class Quantizer(Float32State):
         self.record(x)
         return True
 
-    def forward(self, x: Tensor, gates: Tensor, *, hard: bool) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor, *, hard: bool, cover: bool = False) -> Tensor:
         """Quantize, or record while calibrating.
 
         Args:
             x: values, any shape.
             gates: [4] values of the gates of 4, 8, 16 and 32 bits; for `hard`, bool and chained.
             hard: round at one width (evaluation, fixed-gate phase) instead of summing gated residuals.
+            cover: widen the range to the largest magnitude of `x` first, so that nothing is clipped.
 
         Returns:
             Tensor of the shape and dtype of `x`.
@@ -238,6 +239,9 @@ class Quantizer(Float32State):
         if self._passes_through(x):
             result: Tensor = _Identity.apply(x, self.log_range, gates)  # type: ignore[no-untyped-call]
             return result
+        if cover:
+            # Not before: a pass in which calibration ends is recomputed with the range that it has then.
+            self.cover(x)
         if hard:
             return self.rounded(x, gates)
         parts = kernels.quantize(self.layout.parts(x), self.range_, gates, signed=self.is_signed)

@@ -103,10 +103,9 @@ class QuantizedHeadLinear(nn.Linear):
         quantizer = self.quantizers_of(self.adapter_name)[site.value]
         if isinstance(quantizer, FixedQuantizer) or widths is None:
             return quantizer(x)  # type: ignore[no-any-return]
-        if self.training and self.phase[self.adapter_name].stands:
-            # What is measured is the cost of closing gates, so nothing may be clipped while the model still moves.
-            quantizer.cover(x)
-        result: Tensor = quantizer(x, widths[HEAD_SITES.index(site)], hard=self._is_hard())
+        # What is measured is the cost of closing gates, so nothing may be clipped while the model still moves.
+        cover = self.training and self.phase[self.adapter_name].stands
+        result: Tensor = quantizer(x, widths[HEAD_SITES.index(site)], hard=self._is_hard(), cover=cover)
         return result
 
     def quantizers_of(self, adapter_name: str) -> dict[str, Quantizer | FixedQuantizer]:

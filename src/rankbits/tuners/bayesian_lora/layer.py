@@ -48,10 +48,9 @@ class BayesianLoraLinear(GatedAdapters):
         return self._put_on_grid(adapter_name, quantizer, x, widths, hard=gates.hard)
 
     def _put_on_grid(self, adapter_name: str, quantizer: Quantizer, x: Tensor, widths: Tensor, *, hard: bool) -> Tensor:
-        if self.training and self.phase[adapter_name].stands:
-            # What is measured is the cost of closing gates, so nothing may be clipped while the model still moves.
-            quantizer.cover(x)
-        result: Tensor = quantizer(x, widths, hard=hard)
+        # What is measured is the cost of closing gates, so nothing may be clipped while the model still moves.
+        cover = self.training and self.phase[adapter_name].stands
+        result: Tensor = quantizer(x, widths, hard=hard, cover=cover)
         return result
 
     def _widths(self, adapter_name: str, site: Site, gates: GateValues) -> Tensor:
