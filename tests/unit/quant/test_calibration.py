@@ -227,3 +227,15 @@ def test_a_quantizer_without_data_is_not_calibrated():
         quantizer = Quantizer(calibration_passes=0)
     quantizer.calibrate_to(torch.ones(3, device="cpu"))
     assert not quantizer.finish_calibration()
+
+
+def test_a_range_that_covers_is_widened_in_the_pass_in_which_calibration_ends() -> None:
+    quantizer = Quantizer(calibration_passes=1).train()
+    gates = torch.ones(4)
+    quantizer(torch.tensor([0.5, -1.0]), gates, hard=False, cover=True)
+    x = torch.tensor([3.0, -0.25], requires_grad=True)
+    # Under activation checkpointing the second of these is the same pass, recomputed.
+    first, again = (quantizer(x, gates, hard=False, cover=True) for _ in range(2))
+    torch.testing.assert_close(first, x, rtol=1e-6, atol=0.0)
+    assert torch.equal(first, again)
+    torch.testing.assert_close(quantizer.range_, torch.tensor(3.0), rtol=1e-6, atol=0.0)
