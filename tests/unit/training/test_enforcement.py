@@ -148,7 +148,7 @@ def _beside(layers: int) -> Cost:
 )
 @pytest.mark.parametrize("seed", range(20))
 def test_less_is_left_than_the_cheapest_open_gate_costs(cost: Cost, rows: int, ranks: int, seed: int) -> None:
-    # Given states and no drawn ones: near the upper end only dear gates are closed, and no exchange may use a budget up.
+    # Given states and no drawn ones: near the upper end only dear gates are closed, and nothing may use a budget up.
     share = 0.05 + 0.9 * seed / 19
     generator = torch.Generator().manual_seed(seed)
     logits = GateLogits(
