@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any
 
 import torch
-from torch import nn
 from transformers import BitsAndBytesConfig
 
-from rankbits.accounting.weights import NF4_BLOCK
 from rankbits.errors import ModelError
 from rankbits.recipes.catalogue import method
 from rankbits.recipes.schema import Recipe
@@ -45,17 +41,6 @@ def quantization(recipe: Recipe) -> BitsAndBytesConfig | None:
         bnb_4bit_compute_dtype=getattr(torch, settings.compute_dtype or usual),
         llm_int8_skip_modules=[f".*{re.escape(name)}" for name in (*HEADS, *(recipe.adapter.modules_to_save or ()))],
     )
-
-
-def avoid_partial_blocks(model: nn.Module) -> None:
-    """Keep bitsandbytes from its kernel for CPUs with AVX512-BF16 where a layer's inputs do not fill whole blocks.
-
-    That kernel fails there; the other one computes the same product.
-    """
-    layers: Iterator[Any] = model.modules()
-    for layer in layers:
-        if getattr(layer, "support_avx512bf16_for_cpu", False) and layer.in_features % NF4_BLOCK:
-            layer.support_avx512bf16_for_cpu = False
 
 
 def optimizer(recipe: Recipe) -> tuple[str | None, str]:

@@ -22,8 +22,8 @@ from rankbits.embedded import locate
 from rankbits.errors import ModelError
 from rankbits.recipes.catalogue import EMBEDDED_MODELS
 from rankbits.recipes.converted import converted_folder
-from rankbits.recipes.four_bits import avoid_partial_blocks
 from rankbits.tasks import Task
+from rankbits.tuners.linear import keep_layout
 
 EMBEDDED = {model.name: model.file for model in EMBEDDED_MODELS}
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
@@ -131,7 +131,7 @@ def _load_weights(
         loaded, found = _loaded(load, model, "weights", dtype=torch.float32, output_loading_info=True, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
-    avoid_partial_blocks(loaded)
+    keep_layout(loaded)
     return cast(PreTrainedModel, loaded), found
 
 

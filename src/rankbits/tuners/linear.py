@@ -46,6 +46,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer, ABC):
         super().__init__()
         self.base_layer = base_layer
         base = self.get_base_layer()
+        keep_layout(base)
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
         self.is_transposed = isinstance(base, Conv1D)
         self.in_features, self.out_features = _features(base, key, quantized=self.quantization_backend is not None)
@@ -80,7 +81,6 @@ class AdapterLinear(nn.Module, BaseTunerLayer, ABC):
 
     def get_base_weight(self) -> Tensor:
         """The weight of the base layer as it stores it, dequantized if it is quantized."""
-        restore_layout(self.get_base_layer())
         weight: Tensor = super().get_base_weight()
         return weight
 
@@ -165,14 +165,24 @@ class AdapterLinear(nn.Module, BaseTunerLayer, ABC):
         return self.oriented(self.merged_weight(adapter, full) - full).to(weight.dtype)
 
 
-def restore_layout(base: nn.Module) -> None:
-    """Undo what bitsandbytes does to a 4-bit weight in its first evaluation pass on CPUs with AVX512-BF16.
+def keep_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from its kernel for evaluation on CPUs with AVX512-BF16, and undo what that did already.
 
-    It rearranges the codes there, and PEFT would dequantize them in the wrong order. Listing the state puts them back.
+    In its first pass that kernel rearranges the codes of a 4-bit weight and rounds the scales, in place. From then on
+    whoever reads the weight (merging, PEFT's DoRA) gets its codes in the wrong order, and a layer that trains again
+    passes no gradient on. Nor does it work where inputs do not fill whole blocks.
+
+    Args:
+        model: its 4-bit layers are changed in place: they compute what they train with, if slower.
     """
-    quant_state = getattr(getattr(base, "weight", None), "quant_state", None)
-    if getattr(quant_state, "packing_format_for_cpu", False):
-        base.state_dict()
+    layers: Iterator[Any] = model.modules()
+    for layer in layers:
+        if not getattr(layer, "support_avx512bf16_for_cpu", False):
+            continue
+        layer.support_avx512bf16_for_cpu = False
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            # Listing the state puts the codes back, by bitsandbytes' own inverse.
+            layer.state_dict()
 
 
 def _features(base: nn.Module, key: str, *, quantized: bool) -> tuple[int, int]:
@@ -225,6 +235,8 @@ class LinearTuner(BaseTuner, ABC):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's, but an adapter that cannot be put into some layer is taken out of those where it already is."""
+        # Of layers that are not adapted, too: gradients pass through them.
+        keep_layout(model)
         before = {name for name, _ in self._adapted_layers(model)}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -1,14 +1,17 @@
 """From a recipe's method and settings to a PEFT configuration, and what does not suit a model."""
 
+from pathlib import Path
+
 import pytest
+import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from pydantic import BaseModel
 from transformers import BertConfig, BertForSequenceClassification, DebertaV2Config, DebertaV2ForSequenceClassification
 
-from rankbits import BottleneckConfig, DyloraConfig, MoraConfig, SboraConfig
+from rankbits import BottleneckConfig, DyloraConfig, MoraConfig, SboraConfig, tasks
 from rankbits.accounting import mora as counted
 from rankbits.errors import ModelError, RecipeError
-from rankbits.recipes import four_bits
+from rankbits.recipes import four_bits, models
 from rankbits.recipes.catalogue import METHODS as DESCRIBED
 from rankbits.recipes.catalogue import method_names
 from rankbits.recipes.load import load
@@ -168,6 +171,25 @@ def test_keys_of_a_base_in_four_bits() -> None:
     assert not other.bnb_4bit_use_double_quant
     assert str(other.bnb_4bit_compute_dtype) == "torch.bfloat16"
     assert four_bits.quantization(load("quickstart", ["method=dora"])) is None
+
+
+@pytest.mark.parametrize("method", ["qlora", "qdora"])
+def test_a_base_in_four_bits_evaluates_what_it_trains(method: str, tmp_path: Path) -> None:
+    """PEFT's DoRA reads the weight in each pass, evaluated or not, whatever kernel bitsandbytes has for the CPU."""
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=20, **sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    recipe = load("quickstart", [f"method={method}", "adapter.targets=all-linear"])
+    base = models.load_model(str(tmp_path), tasks.get("mrpc"), four_bits.quantization(recipe))
+    model = attach(recipe, base)
+    ids = torch.arange(20)[None]
+    trained = model.train()(input_ids=ids).logits.detach()
+    with torch.no_grad():
+        evaluated = [model.eval()(input_ids=ids).logits for _ in range(2)]
+    for logits in evaluated:
+        torch.testing.assert_close(logits, trained, rtol=1e-5, atol=1e-6)
+    assert torch.equal(model.train()(input_ids=ids).logits.detach(), trained)
 
 
 def test_a_missing_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

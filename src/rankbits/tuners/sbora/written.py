@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankbits.tuners.linear import AdapterLinear, restore_layout
+from rankbits.tuners.linear import AdapterLinear
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,6 @@ class QuantizedBase:
 
     def __init__(self, layer: AdapterLinear) -> None:
         self.base = layer.get_base_layer()
-        restore_layout(self.base)
         self.weight: Tensor | None = getattr(self.base, "weight", None)
         self.weight_attributes = dict(vars(self.weight)) if self.weight is not None else {}
         self.quant_state = getattr(self.base, "quant_state", None)
