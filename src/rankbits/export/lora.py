@@ -67,7 +67,13 @@ def prepare(model: PeftModel, adapter_name: str) -> Callable[[Path], None]:
     Raises:
         ExportError: the update has no pair of factors, or they are not finite.
     """
-    if model.peft_config[adapter_name].peft_type == PeftType.LORA:
+    given = model.peft_config[adapter_name]
+    if getattr(given, "use_dora", False):
+        raise ExportError(
+            f"adapter {adapter_name!r} is DoRA, whose magnitudes have no place in plain LoRA. Try to='merged', or keep "
+            "it as it is with save_pretrained: PEFT loads it"
+        )
+    if given.peft_type == PeftType.LORA:
         return lambda folder: _pass_through(model, adapter_name, folder)
     factors = _all_factors(model, adapter_name)
     adapted = {name: pair for name, pair in factors.items() if pair.rank}
@@ -77,7 +83,7 @@ def prepare(model: PeftModel, adapter_name: str) -> Callable[[Path], None]:
     for name, pair in adapted.items():
         tensors[f"{WRAPPER}{name}.lora_A.weight"] = pair.down.contiguous()
         tensors[f"{WRAPPER}{name}.lora_B.weight"] = pair.up.contiguous()
-    config = _config(model, model.peft_config[adapter_name], adapted)
+    config = _config(model, given, adapted)
 
     def write(folder: Path) -> None:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -121,7 +127,7 @@ def _factors(layer: BaseTunerLayer, adapter_name: str) -> Factors:
         case MoraLinear():
             return Factors(*layer.lora_factors(adapter_name), 1.0)
     raise ExportError(
-        f"a {type(layer).__name__} is no low-rank update of a weight, which plain LoRA could hold; expected an adapter "
+        f"the adapters of a {type(layer).__name__} are not exported as plain LoRA; expected those "
         "of DyLoRA, SBoRA, MoRA without blocks, Bayesian-LoRA without quantizers, or LoRA itself"
     )
 

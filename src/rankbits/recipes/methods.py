@@ -24,7 +24,7 @@ from rankbits.recipes.freezing import Freezing, freeze
 from rankbits.recipes.models import resolve
 from rankbits.recipes.schema import Recipe
 from rankbits.recipes.sizes import bottleneck_width, initial_rank, sbora_variant
-from rankbits.recipes.targets import check_saved, check_targets
+from rankbits.recipes.targets import check_ranks, check_saved, check_targets
 from rankbits.recipes.trainer_parts import TrainerParts, allocated_ranks, drawn_ranks, learned_gates
 from rankbits.training.adalora_schedule import LEFT_OPEN, fix_ranks
 from rankbits.tuners.bayesian_lora import BayesianLoraConfig
@@ -248,9 +248,11 @@ def attach(
     try:
         config = attachment.config(recipe, model)
         config.task_type = task_type
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except (ValueError, TypeError) as reason:
         raise ModelError(f"adapter: {recipe.method} cannot be attached to {recipe.model!r}: {reason}") from reason
+    check_ranks(adapted)
+    return adapted
 
 
 def training_of(recipe: Recipe, model: PeftModel | PreTrainedModel, total_steps: int) -> TrainerParts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -25,6 +26,18 @@ def check_targets(model: nn.Module, targets: list[str] | str | None) -> None:
                 f"adapter.targets: {targets!r} matches {len(wrong)} module(s) that are not linear layers: "
                 f"{', '.join(wrong[:5])}; only torch.nn.Linear and transformers' Conv1D can be adapted"
             )
+
+
+def check_ranks(model: nn.Module) -> None:
+    """Raise ModelError if an adapter of PEFT's LoRA or AdaLoRA has a rank that its matrix cannot have."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            rank, shape = max(layer.r.values()), [int(layer.out_features or 0), int(layer.in_features or 0)]
+            if rank > min(shape):
+                raise ModelError(
+                    f"adapter.r: {name!r} would have rank {rank}, but its weight is {shape}; expected at most "
+                    f"{min(shape)}"
+                )
 
 
 def check_saved(model: nn.Module, names: Sequence[str]) -> None:

@@ -84,6 +84,10 @@ class AdapterLinear(nn.Module, BaseTunerLayer, ABC):
         weight: Tensor = super().get_base_weight()
         return weight
 
+    def shape_to_save(self) -> Tensor:
+        """[out_features, in_features], for adapters whose tensors have the same shapes in layers of other sizes."""
+        return torch.tensor([self.out_features, self.in_features], device="cpu")
+
     def oriented(self, weight: Tensor) -> Tensor:
         """A base weight as [out_features, in_features], or such a weight as the base layer stores it."""
         return weight.T if self.is_transposed else weight
@@ -286,23 +290,52 @@ class LinearTuner(BaseTuner, ABC):
             entries: saved tensors by their names in the model.
 
         Raises:
-            ValueError: a tensor of the method has no place in the model, or another shape there.
+            ValueError: a tensor of the method has no place in the model, or another shape there; a layer has other
+                features than when it was saved, or nothing was saved for it.
         """
-        listed = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-        present = {name: tensor.shape for tensors in listed for name, tensor in tensors}
-        problems = []
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        present = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+        problems = list(cls._other_features(model, adapter_name, entries))
         for name, saved in entries.items():
             if name not in present:
                 # PEFT would leave it out without a word.
                 problems += [f"{name} is not in it"] if cls.prefix in name else []
-            elif present[name] != saved.shape:
-                problems.append(f"{name} was saved as {list(saved.shape)} and is {list(present[name])} here")
+            elif (shape := present[name].shape) != saved.shape:
+                problems.append(f"{name} was saved as {list(saved.shape)} and is {list(shape)} here")
+        for name in parameters:
+            if name.partition(cls.prefix)[2].split(".")[1:2] == [adapter_name] and name not in entries:
+                problems.append(f"{name} was not saved")
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise ValueError(
                 f"adapter {adapter_name!r} does not fit this model: {problems[0]}{more}. Load it onto the base model "
                 "that it was trained on"
             )
+
+    @classmethod
+    def _other_features(cls, model: nn.Module, adapter_name: str, entries: dict[str, Tensor]) -> Iterator[str]:
+        """What is wrong with the layers that an adapter was saved from, by `shape_to_save`."""
+        end = f".{cls.prefix}shape.{adapter_name}"
+        for name, module in model.named_modules():
+            if isinstance(module, AdapterLinear) and name + end in entries:
+                saved, here = entries[name + end].tolist(), [module.out_features, module.in_features]
+                if saved != here:
+                    yield f"{name}.weight was saved as {saved} and is {here} here"
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write adapters into the base weights.
+
+        Args:
+            adapter_names: which of them; the active ones if None.
+            safe_merge: check that merged weights are finite.
+
+        Raises:
+            ValueError: there is no adapter of one of the names; nothing has changed.
+        """
+        unknown = sorted(set(adapter_names or ()) - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"adapters {unknown} cannot be merged: the model has {sorted(self.peft_config)}")
+        super().merge_adapter(adapter_names, safe_merge)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

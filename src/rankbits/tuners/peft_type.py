@@ -20,6 +20,11 @@ class RankbitsPeftType(str, enum.Enum):
     MORA = "MORA"
 
 
+def is_integer(value: object) -> bool:
+    """Whether a field of a configuration holds a whole number; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def names_as_sets(config: Any) -> None:
     """Make sets of a configuration's lists of module names, as PEFT compares and stores them.
 

@@ -53,6 +53,7 @@ def test_every_method_has_three_seeds_of_the_encoder_and_one_of_the_decoder(stud
 
 
 def test_every_method_makes_as_many_steps_from_the_model_with_the_trained_head(study) -> None:
+    long = ("feature-based-long", "prefix", "prompt")
     for point in study.points.POINTS:
         recipe = load(point.recipe, list(point.changes))
         assert recipe.method in (point.method, "feature-based")
@@ -64,8 +65,9 @@ def test_every_method_makes_as_many_steps_from_the_model_with_the_trained_head(s
         elif point.method in ("untrained", "head"):
             assert point.start is None
         else:
-            steps = recipe.training.epochs * recipe.task.train_rows / recipe.training.batch_size
-            assert (steps, point.start.name) == (120, f"stsb-head-seed{point.seed}")
+            made = (recipe.training.epochs, recipe.task.train_rows, recipe.training.batch_size)
+            assert made == ((4, None, 16) if point.method in long else (1, 960, 8))
+            assert point.start.name == f"stsb-head-seed{point.seed}"
 
 
 def test_a_method_is_held_to_the_frozen_encoder_and_that_to_a_fresh_head(study) -> None:
@@ -73,10 +75,13 @@ def test_a_method_is_held_to_the_frozen_encoder_and_that_to_a_fresh_head(study) 
         _store(study, _point(study, "stsb", "untrained", seed), 0.0)
         _store(study, _point(study, "stsb", "feature-based", seed), 40.0 + noise)
         _store(study, _point(study, "stsb", "lora", seed), 70.0)
-        _store(study, _point(study, "stsb", "prompt", seed), 40.5 - 2 * noise)
+        _store(study, _point(study, "stsb", "feature-based-long", seed), 45.0 + noise)
+        _store(study, _point(study, "stsb", "top-layer", seed), 40.5 - 2 * noise)
+        _store(study, _point(study, "stsb", "prefix", seed), 46.0 + noise)
+        _store(study, _point(study, "stsb", "prompt", seed), 44.0 + noise)
     text, failed = study.results.verdict()
     assert failed
-    assert text.splitlines()[-1] == "not clearly above the floor: prompt"
+    assert text.splitlines()[-1] == "not clearly above the floor: prompt, top-layer"
     (line,) = (line for line in text.splitlines() if line.startswith("| lora |"))
     # Differences 30, 29.5 and 30.5: half a point of deviation, times 4.303 / sqrt(3).
     assert "+30.00 [+28.76, +31.24]" in line

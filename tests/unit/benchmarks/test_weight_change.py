@@ -58,7 +58,7 @@ def test_methods_share_all_but_what_trains_and_its_rate(study) -> None:
     assert lora.adapter == dora.adapter
     assert (lora.adapter.r, lora.adapter.targets) == (8, list(study.KINDS))
     assert full.task.evaluate_on == "development"
-    steps = full.task.train_rows / full.training.batch_size
+    steps = full.training.epochs * full.task.train_rows / full.training.batch_size
     assert steps % full.training.save_steps == 0
     assert steps / full.training.save_steps == 5
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_adapters import configs
 from torch import Tensor, nn
@@ -276,9 +276,10 @@ def test_conv1d_and_linear_in_one_model(trained, tmp_path) -> None:
             BayesianLoraConfig(r=2, target_modules=["0"], learn_rank=False, quantizers=["up"], calibration_passes=1),
             r"'0' has no exact plain LoRA: .*quantizes \['up'\].*learned grids.*Try to='merged'",
         ),
-        (BottleneckConfig(target_modules=["0"]), "BottleneckLinear is no low-rank update"),
+        (BottleneckConfig(target_modules=["0"]), "adapters of a BottleneckLinear are not exported as plain LoRA"),
+        (LoraConfig(target_modules=["0"], use_dora=True), "'default' is DoRA, whose magnitudes have no place in plain"),
     ],
-    ids=["mora 6", "mora decoupling", "learned bits", "bottleneck"],
+    ids=["mora 6", "mora decoupling", "learned bits", "bottleneck", "dora"],
 )
 def test_what_has_no_exact_lora_is_refused(base, rows, tmp_path, config, reason: str) -> None:
     model = get_peft_model(base("linear"), config).train()

@@ -209,6 +209,13 @@ def test_the_paged_optimizer_is_for_cuda(monkeypatch: pytest.MonkeyPatch) -> Non
     assert four_bits.optimizer(load("quickstart", ["method=lora"])) == (None, "")
 
 
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "adalora"])
+def test_a_rank_that_a_matrix_cannot_have_is_refused(method: str) -> None:
+    recipe = load("quickstart", [f"method={method}", "adapter.r=33", "adapter.targets=[query]"])
+    with pytest.raises(ModelError, match=r"query' would have rank \d\d, but its weight is \[32, 32\]; .* at most 32"):
+        attach(recipe, _model())
+
+
 def test_attention_that_takes_no_prefix_is_refused() -> None:
     model = DebertaV2ForSequenceClassification(DebertaV2Config(vocab_size=20, type_vocab_size=0, **SIZES))
     with pytest.raises(ModelError, match=r"prefix cannot be attached .* \(DebertaV2Model\) takes no keys and values"):

@@ -100,8 +100,9 @@ def _three(*widths: int) -> nn.Sequential:
     [
         (_three(12, 14, 9), r"base_model\.model\.[02]\..* was saved as \[.*\] and is \[.*\] here"),
         (nn.Sequential(nn.Linear(12, 10), nn.Tanh()), r"base_model\.model\.2\..* is not in it"),
+        (_three(12, 11, 8), r"base_model\.model\.[02]\..* was saved as \[.*\] and is \[.*\] here"),
     ],
-    ids=["other widths", "fewer layers"],
+    ids=["other widths", "fewer layers", "nearly the widths"],
 )
 def test_an_adapter_of_another_base_is_not_loaded_and_leaves_what_is_there(mlp, tmp_path, method, other, said) -> None:
     get_peft_model(mlp, CONFIGS[method](["0", "2"])).save_pretrained(tmp_path)
@@ -115,3 +116,55 @@ def test_an_adapter_of_another_base_is_not_loaded_and_leaves_what_is_there(mlp, 
     assert torch.equal(model(x), expected)
     with pytest.raises(ValueError, match=f"adapter 'late' does not fit this model: {said}"):
         PeftModel.from_pretrained(copy.deepcopy(other), str(tmp_path), adapter_name="late")
+
+
+@pytest.mark.filterwarnings("ignore:.*never stepped")
+@pytest.mark.parametrize("method", CONFIGS)
+def test_an_adapter_of_fewer_layers_is_not_loaded(mlp, tmp_path, method) -> None:
+    get_peft_model(mlp, CONFIGS[method](["0", "2"])).save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(
+        (tmp_path / "adapter_config.json").read_text().replace('"2"', '"4"').replace('"4"', '"2",\n"4"', 1)
+    )
+    deeper = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 6), nn.Tanh(), nn.Linear(6, 6))
+    with pytest.raises(ValueError, match=r"does not fit this model: base_model\.model\.4\..* was not saved"):
+        PeftModel.from_pretrained(deeper, str(tmp_path))
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_an_unknown_adapter_is_not_merged(mlp, rows, method) -> None:
+    model = get_peft_model(mlp, CONFIGS[method](["0", "2"])).eval()
+    with pytest.raises(ValueError, match=r"adapters \['other'\] cannot be merged: the model has \['default'\]"):
+        model.merge_adapter(["default", "other"])
+    assert not any(layer.merged for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+
+
+@pytest.mark.parametrize(
+    ("config", "saved", "other"),
+    [
+        (SboraConfig(r=2, target_modules=["0"]), (24, 12), (48, 12)),
+        (SboraConfig(r=2, variant="fb", target_modules=["0"]), (24, 12), (24, 48)),
+        (MoraConfig(r=1, mora_type="sharing", target_modules=["0"]), (24, 12), (12, 24)),
+        (MoraConfig(r=1, mora_type="rotation", target_modules=["0"]), (24, 12), (18, 18)),
+    ],
+    ids=["sbora fa", "sbora fb", "mora sharing", "mora rotation"],
+)
+def test_tensors_of_the_same_shapes_do_not_make_another_base_fit(tmp_path, config, saved, other) -> None:
+    get_peft_model(nn.Sequential(nn.Linear(*saved)), config).save_pretrained(tmp_path)
+    said = rf"0\.weight was saved as \[{saved[1]}, {saved[0]}\] and is \[{other[1]}, {other[0]}\] here"
+    with pytest.raises(ValueError, match=said):
+        PeftModel.from_pretrained(nn.Sequential(nn.Linear(*other)), str(tmp_path))
+    loaded = PeftModel.from_pretrained(nn.Sequential(nn.Linear(*saved)), str(tmp_path), low_cpu_mem_usage=True)
+    assert [b.tolist() for n, b in loaded.named_buffers() if "shape" in n] == [[saved[1], saved[0]]]
+
+
+@pytest.mark.parametrize("rank", [2.5, "8", True, 0])
+@pytest.mark.parametrize("config", [BayesianLoraConfig, DyloraConfig, MoraConfig, SboraConfig])
+def test_a_rank_is_a_positive_whole_number(config, rank) -> None:
+    with pytest.raises(ValueError, match=f"`r` must be a positive integer, got {rank!r}"):
+        config(r=rank)
+
+
+@pytest.mark.parametrize("size", [2.5, "8", 0])
+def test_a_bottleneck_is_a_positive_whole_number_wide(size) -> None:
+    with pytest.raises(ValueError, match=f"`bottleneck_size` must be a positive integer or None, got {size!r}"):
+        BottleneckConfig(kind="houlsby", bottleneck_size=size)

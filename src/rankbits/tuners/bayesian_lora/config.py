@@ -11,7 +11,7 @@ from peft import PeftConfig
 
 from rankbits.gates.hard_concrete import OPEN_LOGIT
 from rankbits.quant.grid import Granularity, RangeLayout
-from rankbits.tuners.peft_type import RankbitsPeftType, names_as_sets
+from rankbits.tuners.peft_type import RankbitsPeftType, is_integer, names_as_sets
 
 
 class Site(str, Enum):
@@ -173,8 +173,8 @@ class BayesianLoraConfig(PeftConfig):
 
     def _number_problems(self) -> list[str]:
         problems = []
-        if self.r < 1:
-            problems.append(f"`r` must be a positive integer, got {self.r}")
+        if not is_integer(self.r) or self.r < 1:
+            problems.append(f"`r` must be a positive integer, got {self.r!r}")
         if self.alpha <= 0:
             problems.append(f"`alpha` must be > 0, got {self.alpha}")
         if not 0.0 <= self.dropout < 1.0:
@@ -200,10 +200,14 @@ class BayesianLoraConfig(PeftConfig):
         gates = [gate.value for gate in RankGate]
         if self.rank_gate not in gates:
             problems.append(f"`rank_gate` must be one of {gates}, got {self.rank_gate!r}")
-        elif not self.hardened and not _all_ranks_start_open(self.rank_gate, self.initial_rank_logit, self.r):
+        elif (
+            is_integer(self.r)
+            and not self.hardened
+            and not _all_ranks_start_open(self.rank_gate, self.initial_rank_logit, self.r)
+        ):
             problems.append(
                 f"`initial_rank_logit`={self.initial_rank_logit} leaves some of r={self.r} ranks closed at the start: "
-                "raise it"
+                "raise it, or lower r"
             )
         if self.init_weights not in (True, False, Start.LORA.value, Start.ADALORA.value):
             problems.append(f"`init_weights` must be True, False, 'lora' or 'adalora', got {self.init_weights!r}")

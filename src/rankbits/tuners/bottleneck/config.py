@@ -7,7 +7,7 @@ from enum import Enum
 
 from peft import PeftConfig
 
-from rankbits.tuners.peft_type import RankbitsPeftType, names_as_sets
+from rankbits.tuners.peft_type import RankbitsPeftType, is_integer, names_as_sets
 
 
 class Kind(str, Enum):
@@ -108,8 +108,9 @@ class BottleneckConfig(PeftConfig):
 
     def _number_problems(self) -> list[str]:
         problems = []
-        if self.bottleneck_size is not None and self.bottleneck_size < 1:
-            problems.append(f"`bottleneck_size` must be a positive integer or None, got {self.bottleneck_size}")
+        size = self.bottleneck_size
+        if size is not None and (not is_integer(size) or size < 1):
+            problems.append(f"`bottleneck_size` must be a positive integer or None, got {size!r}")
         if self.scaling is not None and self.scaling <= 0:
             problems.append(f"`scaling` must be > 0 or None, got {self.scaling}")
         if not 0.0 <= self.dropout < 1.0:

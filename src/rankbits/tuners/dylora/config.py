@@ -7,7 +7,7 @@ from enum import Enum
 
 from peft import PeftConfig
 
-from rankbits.tuners.peft_type import RankbitsPeftType, names_as_sets
+from rankbits.tuners.peft_type import RankbitsPeftType, is_integer, names_as_sets
 
 
 class TrainMode(str, Enum):
@@ -69,8 +69,10 @@ class DyloraConfig(PeftConfig):
     def _problems(self) -> list[str]:
         problems = []
         modes = [mode.value for mode in TrainMode]
-        if self.r < 1:
-            problems.append(f"`r` must be a positive integer, got {self.r}")
+        if not is_integer(self.r) or self.r < 1:
+            problems.append(f"`r` must be a positive integer, got {self.r!r}")
+        elif (rank := self.evaluation_rank) is not None and not (is_integer(rank) and 1 <= rank <= self.r):
+            problems.append(f"`evaluation_rank` must be in [1, r={self.r}] or None, got {rank!r}")
         if self.alpha <= 0:
             problems.append(f"`alpha` must be > 0, got {self.alpha}")
         if not 0.0 <= self.dropout < 1.0:
@@ -79,8 +81,6 @@ class DyloraConfig(PeftConfig):
             problems.append(f"`init_weights` must be True or False, got {self.init_weights!r}")
         if self.train_mode not in modes:
             problems.append(f"`train_mode` must be one of {modes}, got {self.train_mode!r}")
-        if self.evaluation_rank is not None and not 1 <= self.evaluation_rank <= max(1, self.r):
-            problems.append(f"`evaluation_rank` must be in [1, r={self.r}] or None, got {self.evaluation_rank}")
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append("`layers_pattern` needs `layers_to_transform`")
         return problems

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rankbits.errors import RankbitsWarning
 from rankbits.tuners.dylora.config import DyloraConfig, TrainMode
 from rankbits.tuners.linear import AdapterLinear
+from rankbits.tuners.peft_type import is_integer
 
 UNSCHEDULED_PASSES = 100
 """Training passes without a drawn rank after which a layer says so."""
@@ -200,5 +201,7 @@ class DyloraLinear(AdapterLinear):
 
 def check_rank(rank: int, largest: int, adapter_name: str) -> None:
     """Raise ValueError if a rank is not one of 1..largest."""
-    if not 1 <= rank <= largest:
-        raise ValueError(f"rank must be in [1, {largest}], the largest rank of adapter {adapter_name!r}, got {rank}")
+    if not is_integer(rank) or not 1 <= rank <= largest:
+        raise ValueError(
+            f"rank must be an integer in [1, {largest}], the largest rank of adapter {adapter_name!r}, got {rank!r}"
+        )

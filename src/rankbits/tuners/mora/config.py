@@ -8,7 +8,7 @@ from peft import PeftConfig
 
 from rankbits.tuners.mora.side import Rounding
 from rankbits.tuners.mora.update import BLOCKWISE, NUMBERED, MoraType
-from rankbits.tuners.peft_type import RankbitsPeftType, names_as_sets
+from rankbits.tuners.peft_type import RankbitsPeftType, is_integer, names_as_sets
 
 ROTATION_BELOW = 64
 """Below this rank rotation is the usual type, from it on sharing: each group is small then."""
@@ -65,8 +65,8 @@ class MoraConfig(PeftConfig):
 
     def _number_problems(self) -> list[str]:
         problems = []
-        if self.r < 1:
-            problems.append(f"`r` must be a positive integer, got {self.r}")
+        if not is_integer(self.r) or self.r < 1:
+            problems.append(f"`r` must be a positive integer, got {self.r!r}")
         if not 0.0 <= self.dropout < 1.0:
             problems.append(f"`dropout` must be in [0, 1), got {self.dropout}")
         if self.init_weights not in {True, False}:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from rankbits.tuners.linear import AdapterLinear
@@ -18,12 +19,13 @@ class MoraLinear(AdapterLinear):
     """y = W0 x + bias + f_decomp(M f_comp(drop(x))), Jiang et al. 2024, Eq. 4."""
 
     adapter_layer_names = ("mora_M",)
-    other_param_names = ("mora_dropout", "r", "forms")
+    other_param_names = ("mora_dropout", "mora_shape", "r", "forms")
 
     def create_containers(self) -> None:
         """Create the empty per-adapter containers."""
         self.mora_M = nn.ParameterDict()
         self.mora_dropout = nn.ModuleDict()
+        self.mora_shape = BufferDict(persistent=True)
         self.r: dict[str, int] = {}
         self.forms: dict[str, Form] = {}
 
@@ -45,6 +47,7 @@ class MoraLinear(AdapterLinear):
         self.r[adapter_name] = config.r
         self.forms[adapter_name] = form
         self.mora_M[adapter_name] = nn.Parameter(matrix)
+        self.mora_shape[adapter_name] = self.shape_to_save()
         self.mora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -65,8 +65,8 @@ def allocate(
         if rank > len(free):
             raise ValueError(
                 f"{task!r} asks for r={rank} rows or columns of {layer!r}, of which {len(free)} are left: of {size}, "
-                f"{len(others)} belong to other tasks and the order is read from place {first}. Give it a smaller r, "
-                "or delete another task"
+                f"{len(others)} belong to other tasks and the order is read from place {first}. Give it a smaller r"
+                f"{', or delete another task' if others else ''}{', or an earlier `first`' if first else ''}"
             )
         shares[task], free = free[:rank], free[rank:]
         others.update(shares[task])

@@ -8,7 +8,7 @@ from enum import Enum
 
 from peft import PeftConfig
 
-from rankbits.tuners.peft_type import RankbitsPeftType, names_as_sets
+from rankbits.tuners.peft_type import RankbitsPeftType, is_integer, names_as_sets
 
 
 class Variant(str, Enum):
@@ -73,7 +73,7 @@ class SboraConfig(PeftConfig):
 
     def _problems(self) -> list[str]:
         problems = []
-        if not _is_integer(self.r) or self.r < 1:
+        if not is_integer(self.r) or self.r < 1:
             problems.append(f"`r` must be a positive integer, got {self.r!r}")
         if self.alpha <= 0:
             problems.append(f"`alpha` must be > 0, got {self.alpha}")
@@ -84,9 +84,9 @@ class SboraConfig(PeftConfig):
             problems.append(f"`dropout` must be in [0, 1), got {self.dropout}")
         if self.init_weights not in (True, False):
             problems.append(f"`init_weights` must be True or False, got {self.init_weights!r}")
-        if not _is_integer(self.seed):
+        if not is_integer(self.seed):
             problems.append(f"`seed` must be an integer, got {self.seed!r}")
-        if not _is_integer(self.first) or self.first < 0:
+        if not is_integer(self.first) or self.first < 0:
             problems.append(f"`first` must be an integer >= 0, got {self.first!r}")
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append("`layers_pattern` needs `layers_to_transform`")
@@ -113,7 +113,3 @@ def task_configs(config: SboraConfig, ranks: Mapping[str, int]) -> dict[str, Sbo
         configs[task] = replace(config, r=rank, alpha=scale * rank, disjoint=True, first=first)
         first += rank
     return configs
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

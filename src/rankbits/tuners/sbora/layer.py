@@ -44,11 +44,12 @@ class SboraLinear(AdapterLinear):
     """
 
     adapter_layer_names = ("sbora_down", "sbora_up")
-    other_param_names = ("sbora_indices", "sbora_dropout", "r", "scaling", "variant", "disjoint")
+    other_param_names = ("sbora_indices", "sbora_shape", "sbora_dropout", "r", "scaling", "variant", "disjoint")
 
     sbora_down: nn.ParameterDict
     sbora_up: nn.ParameterDict
     sbora_indices: BufferDict
+    sbora_shape: BufferDict
     sbora_dropout: nn.ModuleDict
 
     def create_containers(self) -> None:
@@ -56,6 +57,7 @@ class SboraLinear(AdapterLinear):
         self.sbora_down = nn.ParameterDict()
         self.sbora_up = nn.ParameterDict()
         self.sbora_indices = BufferDict(persistent=True)
+        self.sbora_shape = BufferDict(persistent=True)
         self.sbora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
@@ -85,6 +87,7 @@ class SboraLinear(AdapterLinear):
         self.variant[adapter_name] = variant
         self.disjoint[adapter_name] = config.disjoint
         self.sbora_indices[adapter_name] = torch.tensor(share[adapter_name], dtype=torch.int64, device="cpu")
+        self.sbora_shape[adapter_name] = self.shape_to_save()
         self.sbora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         if variant is Variant.FA:
             trained = self.sbora_up[adapter_name] = nn.Parameter(torch.zeros(self.out_features, config.r))

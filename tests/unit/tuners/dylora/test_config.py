@@ -16,7 +16,6 @@ def test_all_problems_are_reported_together() -> None:
             dropout=1.0,
             init_weights="gauss",
             train_mode="all",
-            evaluation_rank=2,
             layers_pattern="layers",
         )
     expected = [
@@ -25,7 +24,6 @@ def test_all_problems_are_reported_together() -> None:
         "`dropout` must be in [0, 1), got 1.0",
         "`init_weights` must be True or False, got 'gauss'",
         "`train_mode` must be one of ['frozen', 'prefix'], got 'all'",
-        "`evaluation_rank` must be in [1, r=0] or None, got 2",
         "`layers_pattern` needs `layers_to_transform`",
     ]
     message = str(failure.value)
@@ -33,7 +31,7 @@ def test_all_problems_are_reported_together() -> None:
     assert message.count("; ") == len(expected) - 1
 
 
-@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("rank", [0, 5, 2.5, True])
 def test_an_evaluation_rank_has_to_be_one_of_the_ranks(rank) -> None:
     with pytest.raises(ValueError, match=rf"`evaluation_rank` must be in \[1, r=4\] or None, got {rank}"):
         DyloraConfig(r=4, evaluation_rank=rank)

@@ -180,7 +180,7 @@ def test_factors_are_exact_lora(mlp, rows, dylora, rank) -> None:
 def test_factors_of_a_rank_that_does_not_exist_are_refused(mlp, dylora, rank) -> None:
     layer = _only(dylora(mlp, target_modules=["0"]))
     with pytest.raises(
-        ValueError, match=rf"rank must be in \[1, 4\], the largest rank of adapter 'default', got {rank}"
+        ValueError, match=rf"rank must be an integer in \[1, 4\], the largest rank of adapter 'default', got {rank}"
     ):
         layer.lora_factors("default", rank)
 

@@ -109,7 +109,7 @@ def test_adapters_are_switched_summed_disabled_and_deleted(mlp, rows, dylora) ->
     first = model(rows)
     model.set_adapter("other")
     second = model(rows)
-    with pytest.raises(ValueError, match=r"rank must be in \[1, 2\].*'other', got 4"):
+    with pytest.raises(ValueError, match=r"rank must be an integer in \[1, 2\].*'other', got 4"):
         set_rank(model, 4, "other")
     with pytest.raises(ValueError, match=r"no DyLoRA adapter 'third'; it has \['default', 'other'\]"):
         set_rank(model, 1, "third")

@@ -1,5 +1,6 @@
 """SBoRA in a whole model: several tasks in one base, saving and loading, checkpointing, two processes."""
 
+import copy
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -144,6 +145,10 @@ def test_an_adapter_whose_rows_belong_to_another_is_not_loaded(mlp, rows, tmp_pa
 def test_rows_that_the_base_does_not_have_are_not_loaded(mlp, tmp_path) -> None:
     wide = get_peft_model(nn.Sequential(nn.Linear(200, 10)), _task(3, target_modules=["0"]))
     wide.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"0\.weight was saved as \[10, 200\] and is \[10, 12\] here"):
+        PeftModel.from_pretrained(copy.deepcopy(mlp), tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({n: v for n, v in stored.items() if "shape" not in n}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="expected distinct numbers below 12: load it onto the base model it was"):
         PeftModel.from_pretrained(mlp, tmp_path)
 
@@ -161,8 +166,8 @@ def test_the_saved_adapter_holds_its_indices_and_another_process_computes_the_sa
     stored = load_file(tmp_path / "two" / "adapter_model.safetensors")
     which = "up" if variant == "fa" else "down"
     kinds = {name.rpartition("sbora_")[2]: value.dtype for name, value in stored.items()}
-    assert kinds == {"indices": torch.int64, which: torch.float32}
-    assert len(stored) == 4
+    assert kinds == {"indices": torch.int64, "shape": torch.int64, which: torch.float32}
+    assert len(stored) == 6
     code = f"""
 import rankbits, torch
 from peft import PeftModel
