@@ -25,16 +25,16 @@ RESULTS, FIGURES = HERE / "results", HERE / "figures"
 RECIPE = "glue/minilm/stsb"
 KINDS = ("query", "value")
 WORK = (
-    "task.train_rows=800",
+    "task.train_rows=2400",
     "task.evaluate_on=development",
-    "training.batch_size=8",
-    "training.epochs=1",
-    "training.save_steps=20",
+    "training.batch_size=16",
+    "training.epochs=2",
+    "training.save_steps=60",
     "training.warmup_ratio=0.1",
     "training.group_by_length=true",
 )
 ADAPTER = ("adapter.r=8", "adapter.alpha=16", "adapter.targets=[query,value]")
-RATES = {"full": ("2e-4", "4e-4"), "lora": ("2e-3", "4e-3"), "dora": ("2e-3", "4e-3")}
+RATES = {"full": ("5e-5", "1e-4"), "lora": ("5e-4", "1e-3"), "dora": ("5e-4", "1e-3")}
 """Two for each method; the one with the best score at the first seed is taken for all seeds."""
 SEEDS = (42, 43, 44)
 Result = dict[str, Any]
