@@ -8,10 +8,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from points import DECODER, ENCODER, FEATURES, HEAD, POINTS, SEEDS, UNTRAINED, Point
+from points import DECODER, ENCODER, FLOORS, METHODS, POINTS, SEEDS, UNTRAINED, Point
 from scipy.stats import t as student
-
-from rankbits.recipes.catalogue import method_names
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = (
@@ -38,7 +36,7 @@ def verdict() -> tuple[str, bool]:
     """The table of what is finished, and whether a method with all its results did not clearly leave its floor."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     stuck = []
-    for method in (UNTRAINED, HEAD, *method_names()):
+    for method in (*FLOORS, *METHODS):
         cells, learned = _row(method)
         lines.append(f"| {method} | {' | '.join(cells)} |")
         if not learned:
@@ -61,7 +59,7 @@ def _encoder(method: str) -> tuple[list[str], bool]:
     cells = [_spread(list(scores.values()))]
     if method == UNTRAINED:
         return ["0", "0", "–", *cells, "–", "–"], True
-    floors = _finished(ENCODER, UNTRAINED if method in (HEAD, FEATURES) else FEATURES)
+    floors = _finished(ENCODER, Point(ENCODER, method, SEEDS[0]).floor)
     margins = [scores[seed] - _score(floors[seed]) for seed in scores if seed in floors]
     first = next(iter(found.values()))
     parameters, minutes = first["parameters"], statistics.fmean(r["training"]["seconds"] / 60 for r in found.values())
