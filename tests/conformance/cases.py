@@ -43,9 +43,12 @@ class Method:
     Args:
         config: the PEFT config class.
         kwargs: what every config of this mode is given.
+        targets: two layers of upstream's MLP that can be adapted.
+        saved: the module of the MLP that is trained in full.
         decoder: what decoder configs are given besides; an `r` that is not the default shows a field that is lost.
         quantized: what configs for a quantized base are given besides. Upstream tolerates so much noise there that
             only a large update can be missed.
+        quantized_layers: how many layers of a block these configs adapt.
         not_identity: what starts the adapter away from the identity.
         conv1d: what the config for a transformers Conv1D is given besides; upstream's has 5 inputs and 1 output.
         both_active: whether two adapters may be active on one layer.
@@ -55,8 +58,11 @@ class Method:
 
     config: type
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    targets: tuple[str, str] = ("lin0", "lin1")
+    saved: str = "lin1"
     decoder: Mapping[str, Any] = field(default_factory=lambda: {"r": 4})
     quantized: Mapping[str, Any] = field(default_factory=lambda: {"r": 4})
+    quantized_layers: int = 2
     not_identity: Mapping[str, Any] = field(default_factory=lambda: {"init_weights": False})
     conv1d: Mapping[str, Any] = field(default_factory=dict)
     both_active: bool = True
@@ -70,22 +76,23 @@ class Method:
 
 def custom(method: Method) -> harness.Cases:
     """Targets as a string, as a list of two, with `modules_to_save`, and a transformers Conv1D."""
+    first, second = method.targets
+    saved = method.row(target_modules=[first], modules_to_save=[method.saved])
     rows = [
-        ("string", "MLP", method.config, method.row(target_modules="lin0")),
-        ("list of two", "MLP", method.config, method.row(target_modules=["lin0", "lin1"])),
-        ("saved module", "MLP", method.config, method.row(target_modules=["lin0"], modules_to_save=["lin1"])),
-        ("Conv1D", "EmbConv1D", method.config, method.row(target_modules=["conv1d"], **method.conv1d)),
+        ("string", "MLP", method.config, method.row(target_modules=first)),
+        ("list of two", "MLP", method.config, method.row(target_modules=[first, second])),
+        ("saved module", "MLP", method.config, saved),
+        ("Conv1D", "EmbConv1D", method.config, method.row(**{"target_modules": ["conv1d"], **method.conv1d})),
     ]
     return harness.Cases((rows,), 40 * len(rows), method.drop.get("custom", {}), method.narrow.get("custom", {}))
 
 
 def multi(method: Method) -> harness.Cases:
     """Two adapters on different layers and, where the method allows it, on the same one."""
-    lin0 = method.row(target_modules=["lin0"], **method.not_identity)
-    lin1 = method.row(target_modules=["lin1"], **method.not_identity)
-    rows = [("different layers", "any", method.config, lin0, lin1)]
+    first, second = (method.row(target_modules=[target], **method.not_identity) for target in method.targets)
+    rows = [("different layers", "any", method.config, first, second)]
     if method.both_active:
-        rows.append(("same layer", "any", method.config, lin0, lin0))
+        rows.append(("same layer", "any", method.config, first, first))
     return harness.Cases((rows,), 5 * len(rows), method.drop.get("multi", {}), method.narrow.get("multi", {}))
 
 
@@ -111,9 +118,9 @@ def quantization(method: Method) -> harness.Cases:
     for upstream_loader in harness.upstream("test_quantization").QUANTIZATION_BACKENDS:
         if upstream_loader.name != "gptq_4bit":
             loader = copy.copy(upstream_loader)
-            loader.model_id, loader.expected_layer_count = models.opt(), 2 * models.LAYERS
+            loader.model_id, loader.expected_layer_count = models.opt(), method.quantized_layers * models.LAYERS
             loaders.append(loader)
-    rows = [(method.config, method.row(target_modules=["q_proj", "v_proj"], **method.quantized))]
+    rows = [(method.config, method.row(**{"target_modules": ["q_proj", "v_proj"], **method.quantized}))]
     return harness.Cases(
         (rows, loaders), 12, method.drop.get("quantization", {}), method.narrow.get("quantization", {})
     )
