@@ -107,6 +107,7 @@ class AdaloraSchedule:
         self.config.tinit, self.config.tfinal = self.budget.warmup_steps, self.budget.final_steps
         self.config.total_step = total_steps
         task_loss_only(model)
+        self._freeze_divisors()
         self._hold_all_ranks()
 
     def add_orthogonality_gradient(self) -> float:
@@ -224,6 +225,11 @@ class AdaloraSchedule:
 
     def _matrices(self, layer: AdaLoraLayer) -> tuple[Tensor, Tensor, Tensor]:
         return matrices(layer, self.adapter)
+
+    def _freeze_divisors(self) -> None:
+        """Where the base is not in float32, PEFT lets the number train that the update is divided by; it is not saved."""
+        for _, layer in self._layers():
+            layer.ranknum[self.adapter].requires_grad_(False)
 
     def _layers(self) -> Iterator[tuple[str, AdaLoraLayer]]:
         return ((name, layer) for name, layer in adalora_layers(self.model) if self.adapter in layer.lora_E)

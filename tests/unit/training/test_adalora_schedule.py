@@ -195,6 +195,16 @@ def test_a_matrix_without_part_in_the_loss_is_not_important() -> None:
     assert second.lora_E["default"].all()
 
 
+def test_the_number_that_the_update_is_divided_by_does_not_train() -> None:
+    """PEFT sets it to train when it casts it to the dtype of a base that is not in float32."""
+    config = AdaLoraConfig(target_modules=["0", "2"], total_step=STEPS, **SETTINGS)
+    model = get_peft_model(_base().to(torch.bfloat16), config).train()
+    AdaloraSchedule(model, STEPS)
+    trains = {name.split(".")[-2]: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert trains["ranknum"] is False
+    assert trains["lora_E"] is True
+
+
 def test_total_steps_that_the_config_left_open_are_set() -> None:
     model = _model(total_step=1, tinit=0, tfinal=0)
     schedule = AdaloraSchedule(model, 40, phases=(0.1, 0.3))
