@@ -227,7 +227,7 @@ class AdaloraSchedule:
         return matrices(layer, self.adapter)
 
     def _freeze_divisors(self) -> None:
-        """Where the base is not in float32, PEFT lets the number train that the update is divided by; it is not saved."""
+        """PEFT lets the number train that the update is divided by, where the base is not in float32, unsaved."""
         for _, layer in self._layers():
             layer.ranknum[self.adapter].requires_grad_(False)
 
