@@ -71,7 +71,8 @@ class DyloraConfig(PeftConfig):
         modes = [mode.value for mode in TrainMode]
         if not is_integer(self.r) or self.r < 1:
             problems.append(f"`r` must be a positive integer, got {self.r!r}")
-        elif (rank := self.evaluation_rank) is not None and not (is_integer(rank) and 1 <= rank <= self.r):
+        largest, rank = self.r if is_integer(self.r) else 1, self.evaluation_rank
+        if rank is not None and not (is_integer(rank) and 1 <= rank <= max(1, largest)):
             problems.append(f"`evaluation_rank` must be in [1, r={self.r}] or None, got {rank!r}")
         if self.alpha <= 0:
             problems.append(f"`alpha` must be > 0, got {self.alpha}")

@@ -16,6 +16,7 @@ def test_all_problems_are_reported_together() -> None:
             dropout=1.0,
             init_weights="gauss",
             train_mode="all",
+            evaluation_rank=2,
             layers_pattern="layers",
         )
     expected = [
@@ -24,6 +25,7 @@ def test_all_problems_are_reported_together() -> None:
         "`dropout` must be in [0, 1), got 1.0",
         "`init_weights` must be True or False, got 'gauss'",
         "`train_mode` must be one of ['frozen', 'prefix'], got 'all'",
+        "`evaluation_rank` must be in [1, r=0] or None, got 2",
         "`layers_pattern` needs `layers_to_transform`",
     ]
     message = str(failure.value)
