@@ -13,10 +13,12 @@ from rankbits.errors import RankbitsWarning
 from rankbits.quant import kernels
 from rankbits.quant.codes import round_to_grid
 from rankbits.quant.float32_state import Float32State
-from rankbits.quant.grid import BIT_WIDTHS, PER_TENSOR, Granularity, RangeLayout, Signedness, bits_of_gates
+from rankbits.quant.grid import PER_TENSOR, Granularity, RangeLayout, Signedness, bits_of_gates
 
-FIT_FACTORS = tuple(1.5 - 0.05 * step for step in range(24))
-"""Ranges that `fit` tries, in units of the largest magnitude: from 1.5, where 2 bits reach it, down to 0.35."""
+FIT_FACTORS = tuple(1.0 - step / 30.0 for step in range(24))
+"""Ranges that `fit` tries, in units of the one whose grid just reaches the largest magnitude: down to 0.23."""
+FITTED_BITS = 4
+"""The widest grid on which clipping the largest values can round the others that much better."""
 RANGE_FLOOR = 1e-8
 """A tensor that never exceeded this has no range yet and stays in calibration."""
 
@@ -178,9 +180,9 @@ class Quantizer(Float32State):
     def fit(self, x: Tensor, bits: int) -> None:
         """Choose the ranges of a weight for one width, once: a second call changes nothing.
 
-        The largest value of a grid lies below its range, so from 4 bits on each range becomes what reaches the largest
-        magnitude. At 2 bits, a sign or nothing, it becomes what rounds with the least squared error, out of
-        `FIT_FACTORS` times the largest magnitude.
+        The largest value of a grid lies below its range, by a factor of 1.5 at 2 bits. From 8 bits on each range
+        becomes what reaches the largest magnitude; at 2 and 4 bits what rounds with the least squared error, out of
+        `FIT_FACTORS` times that.
 
         Args:
             x: the weight.
@@ -189,10 +191,10 @@ class Quantizer(Float32State):
         if not self.is_calibrated or bool(self.fitted):
             return
         values = x.detach().to(torch.float32)
-        self.log_range.copy_(self.layout.magnitudes(values).clamp(min=RANGE_FLOOR).log())
+        reached = self.layout.magnitudes(values).clamp(min=RANGE_FLOOR) / (1.0 - 1.0 / (2.0**bits - 1.0))
+        self.log_range.copy_(reached.log())
         self.fitted.fill_(True)
-        if bits > BIT_WIDTHS[0]:
-            self.log_range.add_(-math.log1p(-1.0 / (2.0**bits - 1.0)))
+        if bits > FITTED_BITS:
             return
         parts, widest = self.layout.parts(values), self.range_
         best, least = widest, torch.full_like(widest, math.inf)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -116,6 +117,30 @@ def load_classifier(model: str, task: Task, quantization: BitsAndBytesConfig | N
     )
     _refuse_missing(loaded, model, found["missing_keys"])
     return loaded
+
+
+def start_head_at(model: PreTrainedModel, value: float) -> None:
+    """Let a fresh head of one output start around a value.
+
+    A head that starts at zero first moves by as much as the labels lie away from it, in steps that all of its inputs
+    take together: they saturate, and how long training stands there differs from seed to seed by many steps.
+
+    Args:
+        model: with a head for regression, in place.
+        value: in the units of the labels.
+
+    Raises:
+        ModelError: the head has no bias.
+    """
+    body = set(model.base_model.modules())
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1 and m not in body]
+    if not layers or layers[-1].bias is None:
+        raise ModelError(
+            f"task.start_at_mean: given true, but the head of {type(model).__name__} has no bias to start at "
+            f"{value:.4g}; expected false with this model"
+        )
+    with torch.no_grad():
+        layers[-1].bias.fill_(value)
 
 
 def _load_weights(

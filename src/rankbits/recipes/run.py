@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from peft import PeftModel, TaskType
@@ -79,6 +80,8 @@ def run(
     tokenizer = models.load_tokenizer(recipe.model)
     base = models.load_model(recipe.model, task, quantization(recipe))
     _check_length(recipe, base)
+    if recipe.task.start_at_mean:
+        models.start_head_at(base, fmean(data.train["label"]))
     model = methods.attach(recipe, base, TaskType.CAUSAL_LM if task.kind == "completion" else TaskType.SEQ_CLS)
     trainer = make_trainer(recipe, task, data, model, tokenizer, folder)
     folder.claim()

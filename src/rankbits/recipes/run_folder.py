@@ -26,9 +26,14 @@ METHOD_SECTIONS = frozenset(section for known in METHODS for section in known.se
 
 
 def work_of(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data, without what does not change the result: settings of other methods do not either."""
+    """The recipe as plain data, without what does not change the result: settings of other methods do not either.
+
+    Keys that came later are left out where they change nothing, so that older runs keep their hashes.
+    """
     of_others = METHOD_SECTIONS - set(method(recipe.method).sections)
-    return recipe.model_dump(mode="json", exclude={**NOT_PART_OF_THE_WORK, "adapter": of_others})  # type: ignore[arg-type]
+    later = set() if recipe.task.start_at_mean else {"start_at_mean"}
+    left_out: Any = {**NOT_PART_OF_THE_WORK, "adapter": of_others, "task": later}
+    return recipe.model_dump(mode="json", exclude=left_out)
 
 
 @dataclass(frozen=True)

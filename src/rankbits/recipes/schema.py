@@ -86,6 +86,10 @@ class TaskSection(BaseModel):
     evaluate_on: Literal["validation", "development"] = Field(
         default="validation", description="validation or development"
     )
+    start_at_mean: bool = Field(
+        default=False,
+        description="true or false: the head of a regression task starts at the mean of the training labels",
+    )
 
 
 class AdapterSection(BaseModel):

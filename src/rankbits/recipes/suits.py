@@ -1,4 +1,4 @@
-"""What a checked recipe asks of a method that cannot honour it: refused, where ignoring it would mean another run."""
+"""What a recipe asks of a method or task that cannot honour it: refused, where ignoring it would be another run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,24 @@ from rankbits.recipes.sizes import sbora_variant
 
 
 def unsuited(recipe: Recipe) -> list[Problem]:
-    """Settings that the recipe's method cannot honour.
+    """Settings that the recipe's method or task cannot honour.
 
     Settings of other methods are no problem, so that one recipe serves several; they are not read.
     """
-    checks = (_budget, _mora, _sbora, _dylora, _adalora, _prefix)
+    checks = (_start, _budget, _mora, _sbora, _dylora, _adalora, _prefix)
     return list(chain.from_iterable(check(recipe) for check in checks))
+
+
+def _start(recipe: Recipe) -> Iterator[Problem]:
+    # Imported here: tasks build on numpy, which a recipe's other checks do not need.
+    from rankbits import tasks
+
+    kind = tasks.get(recipe.task.name).kind
+    if recipe.task.start_at_mean and kind != "regression":
+        yield Problem(
+            "task.start_at_mean",
+            f"given true, expected false with task {recipe.task.name!r}: a {kind} task has no labels to take a mean of",
+        )
 
 
 def _budget(recipe: Recipe) -> Iterator[Problem]:

@@ -84,21 +84,23 @@ def test_a_fixed_quantizer_rounds_as_the_learned_one(weight) -> None:
 
 
 @pytest.mark.parametrize("layout", [RangeLayout(), CHANNEL, GROUPS])
-def test_fit_at_two_bits_takes_the_best_range_of_each_part(weight, layout) -> None:
+@pytest.mark.parametrize("bits", [2, 4])
+def test_fit_at_few_bits_takes_the_best_range_of_each_part(weight, layout, bits) -> None:
     weight = weight.pow(3)
     quantizer = Quantizer(calibration_passes=0, layout=layout, shape=(3, 8))
     quantizer.calibrate_to(weight)
-    widest = quantizer.range_.detach().clone()
-    quantizer.fit(weight, 2)
+    calibrated = quantizer.range_.detach().clone()
+    reached = calibrated / (1 - 1 / (2**bits - 1))
+    quantizer.fit(weight, bits)
     parts = layout.parts(weight)
 
     def errors(range_: torch.Tensor) -> torch.Tensor:
-        squares = (round_to_grid(parts, range_, 2) - parts).square()
+        squares = (round_to_grid(parts, range_, bits) - parts).square()
         return squares.sum() if range_.dim() == 0 else squares.sum(-1, keepdim=True)
 
-    best = torch.stack([errors(widest * factor) for factor in FIT_FACTORS]).amin(0)
+    best = torch.stack([errors(reached * factor) for factor in FIT_FACTORS]).amin(0)
     torch.testing.assert_close(errors(quantizer.range_.detach()), best, rtol=1e-5, atol=1e-7)
-    assert (quantizer.range_ != widest).any()
+    assert (quantizer.range_ != calibrated).any()
 
 
 def test_fit_happens_once_and_survives_a_load(weight) -> None:
@@ -114,7 +116,7 @@ def test_fit_happens_once_and_survives_a_load(weight) -> None:
 
 
 @pytest.mark.parametrize("layout", [RangeLayout(), CHANNEL, GROUPS])
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bits", [8, 16])
 def test_fit_at_wider_grids_reaches_the_largest_magnitudes(weight, layout, bits) -> None:
     quantizer = Quantizer(calibration_passes=0, layout=layout, shape=(3, 8))
     quantizer.calibrate_to(weight)

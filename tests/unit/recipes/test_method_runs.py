@@ -44,14 +44,31 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     save_tiny_encoder(folder / "encoder")
     save_tiny_decoder(folder / "decoder")
-    for task in ("labels", "answers"):
+    for task in ("labels", "answers", "similarities"):
         (folder / task).mkdir()
     for split, size in (("train", 24), ("validation", 8), ("test", 6)):
         labels = [{"text": f"{split} film {i} {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(size)]
         answers = [{"question": f"{split} {i}?", "answer": "four"} for i in range(size)]
-        for task, rows in (("labels", labels), ("answers", answers)):
+        pairs = [{"sentence1": f"{split} {i}", "sentence2": f"film {i}", "label": 3.0 + i % 3} for i in range(size)]
+        for task, rows in (("labels", labels), ("answers", answers), ("similarities", pairs)):
             (folder / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return folder
+
+
+def test_a_regression_starts_at_the_mean_of_its_training_labels(work: Path) -> None:
+    heads: list[Tensor] = []
+
+    class Start(TrainerCallback):
+        def on_train_begin(self, args, state, control: TrainerControl, **kwargs) -> None:
+            heads.extend(p.detach().clone() for p in kwargs["model"].parameters() if p.shape == (1,))
+
+    pairs = ["task.name=stsb", f"task.data={work / 'similarities'}"]
+    recipe = _recipe(work, "lora", *pairs, "task.start_at_mean=true", output="similarities-run")
+    run(recipe, command="", callbacks=[Start()])
+    assert heads
+    assert all(bias.item() == pytest.approx(4.0) for bias in heads)
+    with pytest.raises(RunFolderError, match=r"differs in task\.start_at_mean \(True there, None here\)"):
+        run(_recipe(work, "lora", *pairs, output="similarities-run"), command="")
 
 
 def _recipe(work: Path, method: str, *changes: str, decoder: bool = False, output: str = "") -> Recipe:

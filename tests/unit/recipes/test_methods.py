@@ -239,6 +239,13 @@ def test_settings_of_other_methods_are_not_part_of_the_work(asked: tuple[str, ..
     assert recipe_hash(work_of(load(name, [*changes, *others]))) == FROZEN[asked]
 
 
+def test_a_start_at_the_mean_is_part_of_the_work_where_it_is_asked_for() -> None:
+    one, other = (load("glue/minilm/stsb", [f"task.start_at_mean={given}"]) for given in ("true", "false"))
+    assert work_of(one)["task"].pop("start_at_mean") is True
+    assert "start_at_mean" not in work_of(other)["task"]
+    assert recipe_hash(work_of(one)) != recipe_hash(work_of(other))
+
+
 def test_settings_of_the_method_are_part_of_the_work() -> None:
     one, other = (load("quickstart", ["method=qsbora", f"adapter.sbora.seed={seed}"]) for seed in (1, 2))
     assert recipe_hash(work_of(one)) != recipe_hash(work_of(other))
@@ -260,6 +267,7 @@ def test_settings_of_the_method_are_part_of_the_work() -> None:
         (["method=dylora", "adapter.dylora.evaluation_rank=9"], "adapter.dylora.evaluation_rank: given 9, expected at"),
         (["method=dylora", "adapter.dylora.evaluate_ranks=[2,9]"], "given [2, 9], expected at most r=8 each"),
         (["method=prefix", "training.gradient_checkpointing=true"], "training.gradient_checkpointing: given true"),
+        (["task.start_at_mean=true"], "task.start_at_mean: given true, expected false with task 'film-reviews'"),
         (["adapter.mora.type=5"], "adapter.mora.type: given 5, expected truncation, sharing,"),
         (["adapter.mora.type=tiles"], "adapter.mora.type: given the text 'tiles', expected truncation, sharing,"),
         (["adapter.mora.kind=sharing"], "adapter.mora.kind: unknown key; nearest valid key: adapter.mora"),

@@ -6,14 +6,23 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_decoder import save_tiny_decoder
-from transformers import BertConfig, BertModel, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from rankbits import tasks
 from rankbits.errors import ModelError
 from rankbits.recipes import models
 
-GSM8K, MRPC = tasks.get("gsm8k"), tasks.get("mrpc")
+GSM8K, MRPC, STSB = tasks.get("gsm8k"), tasks.get("mrpc"), tasks.get("stsb")
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +43,24 @@ def test_a_label_gets_a_fresh_classifier_on_the_same_decoder(decoder: str) -> No
     assert loaded.score.out_features == 2
 
 
+def test_a_head_starts_around_a_value(tmp_path: Path) -> None:
+    for family, config in ((BertModel, BertConfig), (RobertaModel, RobertaConfig)):
+        family(config(vocab_size=20, **SIZES)).save_pretrained(tmp_path)
+        loaded = models.load_model(str(tmp_path), STSB).eval()
+        ids = torch.arange(3, 9).reshape(2, 3)
+        before = loaded(input_ids=ids).logits
+        models.start_head_at(loaded, 2.75)
+        torch.testing.assert_close(loaded(input_ids=ids).logits, before + 2.75)
+
+
+def test_a_head_without_a_bias_cannot_start_there(decoder: str) -> None:
+    loaded = models.load_model(decoder, STSB)
+    with pytest.raises(ModelError, match=r"task\.start_at_mean: .*LlamaForSequenceClassification has no bias"):
+        models.start_head_at(loaded, 2.75)
+
+
 def test_an_encoder_cannot_complete(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    BertModel(BertConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path)
+    BertModel(BertConfig(vocab_size=20, **SIZES)).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"has no trained head of a language model: 'cls\."):
         models.load_model(str(tmp_path), GSM8K)
 
