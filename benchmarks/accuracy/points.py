@@ -50,6 +50,7 @@ WORK = (
     "training.scheduler=linear",
 )
 RECIPE = (
+    "adapter.rounding=compensated",
     "adapter.weight_gradient_rows=256",
     "gates.warmup=0.2",
     "gates.range_learning_rate=0.01",
@@ -63,6 +64,7 @@ ABLATIONS = {
     "fixed0.5": "gates.fixed=0.5",
     "range-rate1e-3": "gates.range_learning_rate=0.001",
     "range-rate3e-2": "gates.range_learning_rate=0.03",
+    "nearest": "adapter.rounding=nearest",
     "all-rows": "adapter.weight_gradient_rows=null",
     "descent": "gates.allocation=descent",
     "channel": "adapter.granularity=channel",

@@ -16,7 +16,7 @@ from rankbits.accounting.trained import trained_in_full
 from rankbits.accounting.weights import adapter_sizes, keeps_original, trained_sizes
 from rankbits.errors import ModelError
 
-BYTES = {"I64": 8, "F32": 4, "BF16": 2, "F16": 2, "BOOL": 1}
+BYTES = {"I64": 8, "F32": 4, "BF16": 2, "F16": 2, "I8": 1, "BOOL": 1}
 ORDER = tuple(BYTES)
 """safetensors puts wide types first, and orders names within a type."""
 PEFT_STEM = "base_model.model."
@@ -150,6 +150,8 @@ def _bayesian(linear: Linear, spec: MethodSpec, own: Owned) -> Iterator[Entry]:
     if spec.learn_rank and rank > 1:
         yield Entry(f"{stem}gates.rank_logits", "F32", (rank - 1,))
     yield from _quantizers(linear, spec, own.quantizers, stem)
+    if spec.compensated and "weight" in own.quantizers:
+        yield Entry(f"{stem}quantizers.weight.offsets", "I8", (linear.d_out, linear.d_in))
 
 
 def _quantizers(linear: Linear, spec: MethodSpec, sites: Sequence[str], stem: str) -> Iterator[Entry]:

@@ -50,9 +50,15 @@ def weights_bytes(shape: ModelShape, spec: MethodSpec, settings: TrainingSetting
             total += nf4_bytes(sizes[0], double=settings.base == "nf4-double")
             sizes = sizes[1:]
         total += sum(sizes) * settings.base_bytes
+    total += sum(linear.d_out * linear.d_in for linear in offset_weights(shape, spec))
     if keeps_original(spec):
         total += sum(trained_sizes(shape, spec)) * settings.base_bytes
     return total
+
+
+def offset_weights(shape: ModelShape, spec: MethodSpec) -> list[Linear]:
+    """Adapted layers whose weights have a byte for each number beside them: the offset of its code."""
+    return targeted(shape, spec) if spec.compensated and "weight" in spec.sites else []
 
 
 def keeps_original(spec: MethodSpec) -> bool:

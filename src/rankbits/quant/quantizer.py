@@ -11,9 +11,18 @@ from torch import Tensor, nn
 
 from rankbits.errors import RankbitsWarning
 from rankbits.quant import kernels
-from rankbits.quant.codes import round_to_grid
+from rankbits.quant.codes import round_to_grid, step_at
+from rankbits.quant.compensation import compensating_offsets
 from rankbits.quant.float32_state import Float32State
-from rankbits.quant.grid import PER_TENSOR, Granularity, RangeLayout, Signedness, bits_of_gates
+from rankbits.quant.grid import (
+    PER_TENSOR,
+    UNROUNDED_WIDTH,
+    Granularity,
+    RangeLayout,
+    Signedness,
+    bits_of_gates,
+    compute_dtype,
+)
 
 FIT_FACTORS = tuple(1.0 - step / 30.0 for step in range(24))
 """Ranges that `fit` tries, in units of the one whose grid just reaches the largest magnitude: down to 0.23."""
@@ -51,7 +60,8 @@ class Quantizer(Float32State):
         signedness: side of zero that the range covers; `AUTO` becomes unsigned iff no negative value was recorded.
         headroom: the calibrated range is this factor times the recorded maximum.
         layout: which elements share a range; activations have one for the tensor.
-        shape: shape of the weight, where ranges are finer than the tensor.
+        shape: shape of the weight, where ranges are finer than the tensor or codes may be offset.
+        compensated: whether codes of a weight can be offset from the nearest ones (`compensate`).
     """
 
     log_range: nn.Parameter
@@ -60,6 +70,7 @@ class Quantizer(Float32State):
     calibrated: Tensor
     seen_negative: Tensor
     fitted: Tensor
+    offsets: Tensor | None
 
     def __init__(
         self,
@@ -69,6 +80,7 @@ class Quantizer(Float32State):
         headroom: float = 1.0,
         layout: RangeLayout = PER_TENSOR,
         shape: tuple[int, ...] = (),
+        compensated: bool = False,
     ) -> None:
         super().__init__()
         self.calibration_passes = calibration_passes
@@ -83,6 +95,7 @@ class Quantizer(Float32State):
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
         self.register_buffer("seen_negative", torch.zeros((), dtype=torch.bool))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("offsets", torch.zeros(shape, dtype=torch.int8) if compensated else None)
         self._known: tuple[bool, bool] | None = None
         self._warned = False
 
@@ -205,6 +218,25 @@ class Quantizer(Float32State):
             best, least = torch.where(total < least, candidate, best), torch.minimum(total, least)
         self.log_range.copy_(best.log().reshape(self.log_range.shape))
 
+    @torch.no_grad()
+    def compensate(self, x: Tensor, bits: int, moment: Tensor) -> None:
+        """Fit the ranges of a weight anew, and offset its codes so that the outputs of its layer move least.
+
+        Args:
+            x: the weight [out_features, in_features] that will be rounded.
+            bits: 2, 4, 8, 16 or 32; numbers of 32 bits are not rounded.
+            moment: [in_features, in_features], sum of x x^T over inputs x of the layer.
+        """
+        if self.offsets is None or not self.is_calibrated:
+            return
+        self.fitted.fill_(False)
+        self.offsets.zero_()
+        self.fit(x, bits)
+        if bits < UNROUNDED_WIDTH:
+            parts = self.layout.parts(x)
+            step = step_at(self.range_, bits, signed=self.is_signed).expand_as(parts).reshape(x.shape)
+            self.offsets.copy_(compensating_offsets(x, step, 2 ** (bits - 1) - 1, moment))
+
     def _passes_through(self, x: Tensor) -> bool:
         """Whether this pass is the identity; records it if it is a calibration pass."""
         if self.is_calibrated:
@@ -253,8 +285,7 @@ class Quantizer(Float32State):
         """`x` at the width of hard, chained gates [4]; `x` itself while there is no range. Records nothing."""
         if not self.is_calibrated:
             return x
-        parts = round_to_grid(self.layout.parts(x), self.range_, bits_of_gates(gates), signed=self.is_signed)
-        return parts.reshape(x.shape)
+        return _rounded(self, x, self.range_, bits_of_gates(gates))
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -269,14 +300,22 @@ class FixedQuantizer(Float32State):
         bits: 2, 4, 8, 16 or 32.
         signed: whether the grid covers both sides of zero.
         layout: which elements share a range.
-        shape: shape of the weight, where ranges are finer than the tensor.
+        shape: shape of the weight, where ranges are finer than the tensor or codes are offset.
+        compensated: whether codes of a weight can be offset from the nearest ones.
     """
 
     fixed_range: Tensor
+    offsets: Tensor | None
     is_calibrated = True
 
     def __init__(
-        self, bits: int, *, signed: bool = True, layout: RangeLayout = PER_TENSOR, shape: tuple[int, ...] = ()
+        self,
+        bits: int,
+        *,
+        signed: bool = True,
+        layout: RangeLayout = PER_TENSOR,
+        shape: tuple[int, ...] = (),
+        compensated: bool = False,
     ) -> None:
         super().__init__()
         self.bits = bits
@@ -284,6 +323,7 @@ class FixedQuantizer(Float32State):
         self.layout = layout
         ranges = () if layout.granularity is Granularity.TENSOR else layout.range_shape(shape)
         self.register_buffer("fixed_range", torch.ones(ranges, dtype=torch.float32))
+        self.register_buffer("offsets", torch.zeros(shape, dtype=torch.int8) if compensated else None)
 
     @property
     def range_count(self) -> int:
@@ -292,9 +332,17 @@ class FixedQuantizer(Float32State):
 
     def forward(self, x: Tensor) -> Tensor:
         """Round `x` to the grid; the result has its shape and dtype."""
-        parts = round_to_grid(self.layout.parts(x), self.fixed_range, self.bits, signed=self.is_signed)
-        return parts.reshape(x.shape)
+        return _rounded(self, x, self.fixed_range, self.bits)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"bits={self.bits}, {'signed' if self.is_signed else 'unsigned'}"
+
+
+def _rounded(quantizer: Quantizer | FixedQuantizer, x: Tensor, range_: Tensor, bits: Tensor | int) -> Tensor:
+    """`x` at one width, each code as far from the nearest one as its offset says; of the shape and dtype of `x`."""
+    parts, signed = quantizer.layout.parts(x), quantizer.is_signed
+    if quantizer.offsets is not None:
+        beta = range_.to(compute_dtype(x.dtype))
+        parts = parts.to(beta.dtype) + quantizer.layout.parts(quantizer.offsets) * step_at(beta, bits, signed=signed)
+    return round_to_grid(parts, range_, bits, signed=signed).to(x.dtype).reshape(x.shape)

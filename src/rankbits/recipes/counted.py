@@ -86,6 +86,7 @@ def grids_of(settings: Keys | AdapterSection) -> dict[str, Any]:
     """Where the grids of Bayesian-LoRA lie and what shares them, as fields of a method."""
     return {
         "placement": Placement(settings.placement),
+        "compensated": settings.rounding == "compensated",
         "granularity": Granularity(settings.granularity),
         "group_size": settings.group_size,
         "share_inputs": settings.share_inputs,

@@ -51,6 +51,7 @@ def _bayesian_lora(recipe: Recipe, _model: PreTrainedModel) -> PeftConfig:
         rank_gate=adapter.rank_gate,
         quantizers=adapter.quantizers,
         placement=adapter.placement,
+        rounding=adapter.rounding,
         granularity=adapter.granularity,
         group_size=adapter.group_size,
         share_inputs=adapter.share_inputs,

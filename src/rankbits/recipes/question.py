@@ -37,7 +37,16 @@ def _in_order(methods: Collection[Method]) -> list[str]:
     return [method.value for method in Method if method in methods]
 
 
-GRIDS = ("placement", "granularity", "group_size", "share_inputs", "tie_groups", "quantize_attention", "quantize_head")
+GRIDS = (
+    "placement",
+    "rounding",
+    "granularity",
+    "group_size",
+    "share_inputs",
+    "tie_groups",
+    "quantize_attention",
+    "quantize_head",
+)
 """Keys about where the grids of Bayesian-LoRA lie and what shares them."""
 USED_BY = {
     "r": _in_order(ON_LINEARS),
@@ -80,6 +89,7 @@ class Keys(BaseModel):
         default=32, description="2, 4, 8, 16 or 32: the width that every quantizer is assumed to have learned"
     )
     placement: Literal["separate", "merged"] = Field(default="separate", description="separate or merged")
+    rounding: Literal["nearest", "compensated"] = Field(default="nearest", description="nearest or compensated")
     granularity: Literal["tensor", "channel", "group"] = Field(
         default="tensor", description="tensor, channel or group: which numbers of a weight share a range"
     )

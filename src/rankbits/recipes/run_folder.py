@@ -21,19 +21,22 @@ CHECKPOINT_FOLDER = "checkpoints"
 NOT_PART_OF_THE_WORK = {"output": True, "training": {"report_to", "logging_steps", "save_steps"}}
 """Keys that change where results go or how often they are told, and so neither the hash nor whether a run resumes."""
 
+LATER_KEYS = (("task", "start_at_mean"), ("adapter", "rounding"))
+"""Keys that are part of the work only where they are not at their default: older runs keep their hashes."""
+
 METHOD_SECTIONS = frozenset(section for known in METHODS for section in known.sections)
 """Sections of `adapter` that hold the settings of some methods only."""
 
 
 def work_of(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data, without what does not change the result: settings of other methods do not either.
-
-    Keys that came later are left out where they change nothing, so that older runs keep their hashes.
-    """
+    """The recipe as plain data, without what does not change the result: settings of other methods do not either."""
     of_others = METHOD_SECTIONS - set(method(recipe.method).sections)
-    later = set() if recipe.task.start_at_mean else {"start_at_mean"}
-    left_out: Any = {**NOT_PART_OF_THE_WORK, "adapter": of_others, "task": later}
-    return recipe.model_dump(mode="json", exclude=left_out)
+    left_out: Any = {**NOT_PART_OF_THE_WORK, "adapter": of_others}
+    work = recipe.model_dump(mode="json", exclude=left_out)
+    for section, key in LATER_KEYS:
+        if getattr(getattr(recipe, section), key) == type(getattr(recipe, section)).model_fields[key].default:
+            del work[section][key]
+    return work
 
 
 @dataclass(frozen=True)

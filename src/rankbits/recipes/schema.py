@@ -127,6 +127,9 @@ class AdapterSection(BaseModel):
     placement: Literal["separate", "merged"] = Field(
         default="separate", description="separate or merged: whether the update lies beside the quantized weight"
     )
+    rounding: Literal["nearest", "compensated"] = Field(
+        default="nearest", description="nearest or compensated: which codes a weight gets at its final width"
+    )
     granularity: Literal["tensor", "channel", "group"] = Field(
         default="tensor", description="tensor, channel or group: which numbers of a weight share a range"
     )

@@ -21,6 +21,7 @@ from rankbits.training.budget import (
     allocation_of,
     budgets_of,
 )
+from rankbits.training.compensation import Compensation
 from rankbits.training.weighting import Penalty, PenaltyOptions, PenaltyReduction, PenaltyWeighting
 from rankbits.tuners.bayesian_lora import GatedLayer, GatePhase, gated_layers, learning_adapters, summarize
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
@@ -97,7 +98,9 @@ class GateSchedule:
         self.controller = self._controller(budgets) if budgets else None
         self._given = {"lambda_q": lambda_q, "lambda_r": lambda_r}
         self._set_lambdas(lambda_q, lambda_r, Penalty(**penalty))
+        self.compensation = Compensation(model, at=(self.fixed_from, total_steps))
         self._enter()
+        self.compensation.resume(0)
 
     def _controller(self, budgets: Sequence[Budget]) -> BudgetController:
         if self.allocation is Allocation.EVIDENCE:
@@ -181,6 +184,7 @@ class GateSchedule:
             largest_stored=self.largest_stored,
             stands=not fixed and self.penalised_steps == 0,
             measures=self.controller is not None and self.controller.measures(self.completed_steps),
+            completed=self.completed_steps == self.total_steps,
         )
 
     def step(self) -> None:
@@ -207,6 +211,7 @@ class GateSchedule:
         if self.completed_steps == self.fixed_from:
             self._warn_if_all_closed()
         self._enter()
+        self.compensation.advance(self.completed_steps)
 
     def budgets(self) -> list[BudgetState]:
         """Where each budget stands now; none if there is no budget."""
@@ -220,6 +225,7 @@ class GateSchedule:
         if self.controller is not None:
             self.controller.resume()
         self._enter()
+        self.compensation.resume(completed_steps)
 
     def _enter(self) -> None:
         phase = self.phase()
@@ -264,7 +270,9 @@ class GateSchedule:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, ready for JSON; everything else follows from the constructor."""
         state: dict[str, Any] = {"completed_steps": self.completed_steps, "total_steps": self.total_steps}
-        return state if self.controller is None else state | {"budget": self.controller.state_dict()}
+        if self.controller is not None:
+            state["budget"] = self.controller.state_dict()
+        return state | self.compensation.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, with the model's weights loaded before.
@@ -283,6 +291,7 @@ class GateSchedule:
             raise ScheduleError(f"the checkpoint's budgets are {(saved or {}).get('budgets')}, this schedule's {mine}")
         if self.controller is not None and saved is not None:
             self.controller.load_state_dict(saved)
+        self.compensation.load_state_dict(state)
         self.restore(state["completed_steps"])
 
 

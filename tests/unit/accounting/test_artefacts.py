@@ -63,8 +63,9 @@ def test_a_bayesian_lora_file(tmp_path: Path, rank: int, learn_rank: bool, sites
 @pytest.mark.parametrize("placement", Placement)
 @pytest.mark.parametrize("granularity", Granularity)
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("compensated", [False, True])
 def test_a_file_with_shared_inputs_and_fine_ranges(
-    tmp_path: Path, tied: bool, granularity: Granularity, placement: Placement
+    tmp_path: Path, compensated: bool, tied: bool, granularity: Granularity, placement: Placement
 ) -> None:
     model, shape = llama(tied=True)
     targets, sites = ("q_proj", "k_proj", "up_proj"), ("weight", "output", "input")
@@ -76,6 +77,7 @@ def test_a_file_with_shared_inputs_and_fine_ranges(
         group_size=8,
         placement=placement.value,
         tie_groups="fused" if tied else None,
+        rounding="compensated" if compensated else "nearest",
     )
     get_peft_model(model, config).save_pretrained(str(tmp_path))
     spec = MethodSpec(
@@ -87,6 +89,7 @@ def test_a_file_with_shared_inputs_and_fine_ranges(
         group_size=8,
         placement=placement,
         tie_groups=tied,
+        compensated=compensated,
     )
     assert artefact_bytes(shape, spec) == (tmp_path / ADAPTER_FILE).stat().st_size
 

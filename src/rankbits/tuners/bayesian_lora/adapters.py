@@ -34,6 +34,7 @@ class GatePhase:
         stands: gates are those of inference though they are not fixed yet, and ranges follow the largest magnitude:
             noise serves nothing while no gate can close.
         measures: what closing each gate would cost is measured meanwhile.
+        completed: training is over.
     """
 
     lambda_q: float = 0.0
@@ -44,6 +45,7 @@ class GatePhase:
     pressure: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
     stands: bool = False
     measures: bool = False
+    completed: bool = False
 
 
 class GatedAdapters(AdapterLinear, ABC):
@@ -69,6 +71,7 @@ class GatedAdapters(AdapterLinear, ABC):
         "weight_gradient_rows",
         "phase",
         "unscheduled_passes",
+        "learns_unrounded",
         "owners",
         "readers",
         "shared_inputs",
@@ -99,6 +102,7 @@ class GatedAdapters(AdapterLinear, ABC):
         self.weight_gradient_rows: dict[str, int | None] = {}
         self.phase: dict[str, GatePhase] = {}
         self.unscheduled_passes: dict[str, int] = {}
+        self.learns_unrounded: dict[str, bool] = {}
         # Held in plain dictionaries, so that copies and pickles of the whole model keep them among themselves.
         self.owners: dict[str, dict[Site, GatedAdapters]] = {}
         self.readers: dict[str, dict[Site, list[GatedAdapters]]] = {}
@@ -128,13 +132,17 @@ class GatedAdapters(AdapterLinear, ABC):
                 "already and keeps its own grid: use placement='separate'"
             )
         # First of all, because groups may not fit; nothing has been added then.
-        quantizers = fixed_quantizers(config, key, shape) if config.hardened else self._learning(config, key)
+        if config.hardened:
+            quantizers = fixed_quantizers(config, key, shape, compensated=config.compensates)
+        else:
+            quantizers = self._learning(config, key)
         self.r[adapter_name] = config.r
         self.scaling[adapter_name] = config.alpha / config.r
         self.placement[adapter_name] = placement
         self.weight_gradient_rows[adapter_name] = config.weight_gradient_rows
         self.phase[adapter_name] = GatePhase()
         self.unscheduled_passes[adapter_name] = 0
+        self.learns_unrounded[adapter_name] = False
         self.operands[adapter_name] = config.operand
         self.owners[adapter_name], self.readers[adapter_name] = {}, {}
         self.shared_inputs[adapter_name], self.rounded_weights[adapter_name] = SharedResult(), Rounded()
@@ -161,7 +169,9 @@ class GatedAdapters(AdapterLinear, ABC):
         # A base that is quantized already keeps its own grid.
         sites = [s for s in config.sites if not (s is Site.WEIGHT and self.quantization_backend is not None)]
         shape = (self.out_features, self.in_features)
-        quantizers = {site: learning_quantizer(site, config, shape, key) for site in sites}
+        quantizers = {
+            site: learning_quantizer(site, config, shape, key, compensated=config.compensates) for site in sites
+        }
         if Site.WEIGHT in quantizers:
             quantizers[Site.WEIGHT].calibrate_to(self.oriented(self.get_base_weight()))
         return nn.ModuleDict({site.value: quantizer for site, quantizer in quantizers.items()})
@@ -261,8 +271,8 @@ class GatedAdapters(AdapterLinear, ABC):
     def set_phase(self, adapter_name: str, phase: GatePhase, completed_steps: int) -> None:
         """Enter a phase of the schedule; a fixed phase freezes the gates, whatever later activates the adapter.
 
-        It also fits the ranges of the weight to the widths that are now known, and freezes them. While gates
-        stand, no range is trained.
+        It also fits the ranges of the weight to the widths that are now known, and freezes them; a weight that is
+        rounded last learns unrounded from then on. While gates stand, no range is trained.
         """
         begins = phase.fixed and not self.phase[adapter_name].fixed
         self.phase[adapter_name] = phase
@@ -271,6 +281,7 @@ class GatedAdapters(AdapterLinear, ABC):
         self.bayesian_lora_steps[adapter_name].fill_(completed_steps)
         if begins:
             self.fit_weight_range(adapter_name)
+            self.learns_unrounded[adapter_name] = self.is_rounded_last(adapter_name)
         if phase.fixed:
             self.frozen_peft_weight_names[adapter_name] = ("bayesian_lora_gates",)
         else:
@@ -331,3 +342,7 @@ class GatedAdapters(AdapterLinear, ABC):
     @abstractmethod
     def fit_weight_range(self, adapter_name: str) -> None:
         """Fit the ranges of what the weight's quantizer rounds to the width it has now."""
+
+    @abstractmethod
+    def is_rounded_last(self, adapter_name: str) -> bool:
+        """Whether the weight, at the width it has now, is to be rounded after the last step and not before."""

@@ -60,6 +60,16 @@ class GroupTie(str, Enum):
     FUSED = "fused"
 
 
+class Rounding(str, Enum):
+    """Which codes a weight gets once its width is known."""
+
+    NEAREST = "nearest"
+    """The nearest ones, and the update learns through them."""
+    COMPENSATED = "compensated"
+    """Those with which the outputs of the layer move least: W0's as soon as its width is known, and a sum's after the
+    last step, through which the update learns unrounded; a sum at 2 bits keeps the nearest ones."""
+
+
 class RankGate(str, Enum):
     """How a rank gate gets its value: rounded with a straight-through gradient, or sampled hard concrete."""
 
@@ -105,6 +115,8 @@ class BayesianLoraConfig(PeftConfig):
             placement is merged.
         placement: "separate" rounds W0 and the factors of the update, each on its own grid (Alg. 1); "merged" rounds
             the sum W0 + s B E A on one grid, so that merging is exact and the update can repair the rounding of W0.
+        rounding: "nearest" codes for the weight, or "compensated" ones, by which errors of rounding cancel in the
+            outputs (Frantar et al. 2023). The adapter then stores a byte for each number of the weight.
         granularity: which elements of the weight share a range: "tensor", "channel" (a row) or "group" (consecutive
             inputs of a row). Factors of the update and activations have one range each.
         group_size: elements of a group; it has to divide the inputs of every adapted layer.
@@ -145,6 +157,7 @@ class BayesianLoraConfig(PeftConfig):
     rank_gate: str = field(default="ste", metadata={"help": "'ste' or 'hard_concrete'"})
     quantizers: list[str] | None = field(default=None, metadata={"help": "tensors that have a quantizer"})
     placement: str = field(default="separate", metadata={"help": "'separate' or 'merged'"})
+    rounding: str = field(default="nearest", metadata={"help": "'nearest' or 'compensated'"})
     granularity: str = field(default="tensor", metadata={"help": "'tensor', 'channel' or 'group'"})
     group_size: int = field(default=64, metadata={"help": "weights of a group that share a range"})
     share_inputs: bool = field(default=True, metadata={"help": "one quantizer for an input that several layers read"})
@@ -218,7 +231,8 @@ class BayesianLoraConfig(PeftConfig):
 
     def _placement_problems(self) -> list[str]:
         problems = []
-        for name, kind in (("placement", Placement), ("granularity", Granularity), ("tie_groups", GroupTie)):
+        names = ("placement", Placement), ("rounding", Rounding), ("granularity", Granularity), ("tie_groups", GroupTie)
+        for name, kind in names:
             value, known = getattr(self, name), [member.value for member in kind]
             if value not in known and not (name == "tie_groups" and value is None):
                 problems.append(f"`{name}` must be one of {known}, got {value!r}")
@@ -239,6 +253,11 @@ class BayesianLoraConfig(PeftConfig):
                 "weight: use dropout=0.0, or placement='separate'"
             )
         return problems
+
+    @property
+    def compensates(self) -> bool:
+        """Whether codes of weights are offset from the nearest ones."""
+        return self.rounding == Rounding.COMPENSATED.value
 
     @property
     def range_layout(self) -> RangeLayout:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankbits.errors import MergeError, RankbitsWarning
-from rankbits.quant.grid import bits_of_gates
+from rankbits.quant.grid import BIT_WIDTHS, bits_of_gates
 from rankbits.quant.quantizer import FixedQuantizer, Quantizer
 from rankbits.tuners.bayesian_lora import products
 from rankbits.tuners.bayesian_lora.adapters import GatedAdapters
@@ -38,7 +38,9 @@ class BayesianLoraLinear(GatedAdapters):
         self, adapter_name: str, site: Site, x: Tensor, gates: GateValues | None, *, record: bool = True
     ) -> Tensor:
         quantizer = self.quantizer_of(adapter_name, site)
-        if quantizer is None:
+        # What merging writes is rounded, whatever the mode.
+        unrounded = record and site is Site.WEIGHT and self.training and self.learns_unrounded[adapter_name]
+        if quantizer is None or unrounded:
             return x
         if isinstance(quantizer, FixedQuantizer) or gates is None:
             return quantizer(x)  # type: ignore[no-any-return]
@@ -168,7 +170,8 @@ class BayesianLoraLinear(GatedAdapters):
             return make()
         decided = self.gate_of(adapter_name, Site.WEIGHT)
         logits = () if decided is None or decided[0].bit_logits is None else (decided[0].bit_logits,)
-        return self.rounded_weights[adapter_name].get((self.weight, ranges, *logits), make)
+        offsets = () if quantizer.offsets is None else (quantizer.offsets,)
+        return self.rounded_weights[adapter_name].get((self.weight, ranges, *logits, *offsets), make)
 
     def _update(self, adapter_name: str, x: Tensor, gates: GateValues | None) -> Tensor:
         """The scaled low-rank update: [..., in_features] to [..., out_features]."""
@@ -302,16 +305,71 @@ class BayesianLoraLinear(GatedAdapters):
 
     def fit_weight_range(self, adapter_name: str) -> None:
         """Fit the ranges of what the weight's quantizer rounds to the width it has now; once."""
+        found = self._learned_weight(adapter_name)
+        if found is not None:
+            quantizer, bits = found
+            quantizer.fit(self._to_round(adapter_name), bits)
+
+    def is_rounded_last(self, adapter_name: str) -> bool:
+        """Whether the weight, at the width it has now, is to be rounded after the last step and not before.
+
+        Codes that make up for each other's errors keep doing so while the weight stands still, and W0 does; a sum moves
+        as long as the update learns. At 2 bits rounding costs more than can be made up for, so that the update has to
+        learn through it.
+        """
+        found = self._learned_weight(adapter_name)
+        if found is None or found[0].offsets is None:
+            return False
+        return self._rounds_the_sum(adapter_name) and found[1] > BIT_WIDTHS[0]
+
+    def may_compensate(self, adapter_name: str) -> bool:
+        """Whether the codes of the weight can make up for each other's errors."""
+        found = self._learned_weight(adapter_name)
+        return found is not None and found[0].offsets is not None
+
+    def awaits_compensation(self, adapter_name: str) -> bool:
+        """Whether now is when the codes of the weight are to make up for each other's errors."""
+        found, phase = self._learned_weight(adapter_name), self.phase[adapter_name]
+        if found is None or found[0].offsets is None or not phase.fixed:
+            return False
+        if self._rounds_the_sum(adapter_name):
+            return phase.completed and self.learns_unrounded[adapter_name]
+        return not bool(found[0].offsets.any())
+
+    @torch.no_grad()
+    def input_moment(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Sum of x x^T over the inputs x [..., in_features] as they are rounded: [in_features, in_features] float32."""
+        rows = self._read(adapter_name, x, self._hard_gates(adapter_name)).flatten(0, -2).to(torch.float32)
+        return rows.T @ rows
+
+    def compensate(self, adapter_name: str, moment: Tensor) -> None:
+        """Round the weight, from now on, so that the outputs for these inputs move least.
+
+        Args:
+            adapter_name: which adapter.
+            moment: as `input_moment` gives it, summed over batches.
+        """
+        found = self._learned_weight(adapter_name)
+        if found is not None:
+            quantizer, bits = found
+            quantizer.compensate(self._to_round(adapter_name), bits, moment)
+            self.learns_unrounded[adapter_name] = False
+
+    def _learned_weight(self, adapter_name: str) -> tuple[Quantizer, int] | None:
+        """The quantizer of the weight and its width by the gates of inference, or None if none learns."""
         quantizer = self.quantizers_of(adapter_name).get(Site.WEIGHT.value)
         decided = self.gate_of(adapter_name, Site.WEIGHT)
         if not isinstance(quantizer, Quantizer) or decided is None or self.weight.is_meta:
-            return
+            return None
         gates, row = decided
-        weight = self.oriented(self.weight)
+        return quantizer, int(bits_of_gates(gates.widths_of(row, hard=True)))
+
+    @torch.no_grad()
+    def _to_round(self, adapter_name: str) -> Tensor:
+        """What the quantizer of the weight rounds, [out_features, in_features]."""
         if self._rounds_the_sum(adapter_name):
-            with torch.no_grad():
-                weight = self._sum(adapter_name, self.weight, self._hard_gates(adapter_name))
-        quantizer.fit(weight, int(bits_of_gates(gates.widths_of(row, hard=True))))
+            return self._sum(adapter_name, self.weight, self._hard_gates(adapter_name))
+        return self.oriented(self.weight).detach().to(torch.float32)
 
     def _hard_gates(self, adapter_name: str) -> GateValues | None:
         gates = self.gates_of(adapter_name)

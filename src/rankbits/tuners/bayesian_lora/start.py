@@ -57,7 +57,9 @@ def start_weights(down: Tensor, diagonal: Tensor, up: Tensor, start: Start) -> N
     nn.init.constant_(diagonal, 0.0 if start is Start.ADALORA else 1.0)
 
 
-def learning_quantizer(site: Site, config: BayesianLoraConfig, shape: tuple[int, int], key: str) -> Quantizer:
+def learning_quantizer(
+    site: Site, config: BayesianLoraConfig, shape: tuple[int, int], key: str, *, compensated: bool = False
+) -> Quantizer:
     """A quantizer that has yet to learn its range; ValueError if groups do not divide the rows of the weight."""
     try:
         return Quantizer(
@@ -66,6 +68,7 @@ def learning_quantizer(site: Site, config: BayesianLoraConfig, shape: tuple[int,
             headroom=DIAGONAL_HEADROOM if site is Site.DIAGONAL else 1.0,
             layout=config.range_layout if site is Site.WEIGHT else PER_TENSOR,
             shape=shape,
+            compensated=compensated and site is Site.WEIGHT,
         )
     except ValueError as reason:
         raise ValueError(
@@ -74,12 +77,17 @@ def learning_quantizer(site: Site, config: BayesianLoraConfig, shape: tuple[int,
         ) from reason
 
 
-def fixed_quantizers(config: BayesianLoraConfig, key: str, shape: tuple[int, int]) -> nn.ModuleDict:
+def fixed_quantizers(
+    config: BayesianLoraConfig, key: str, shape: tuple[int, int], *, compensated: bool = False
+) -> nn.ModuleDict:
     """The quantizers that a hardened configuration names for a layer."""
     unsigned = key in (config.unsigned_inputs or ())
     quantizers = {}
     for site, width in (config.hardened_bits or {}).get(key, {}).items():
         signed = site != Site.PROBABILITIES.value and not (unsigned and site == Site.INPUT.value)
-        layout = config.range_layout if site == Site.WEIGHT.value else PER_TENSOR
-        quantizers[site] = FixedQuantizer(width, signed=signed, layout=layout, shape=shape)
+        of_weight = site == Site.WEIGHT.value
+        layout = config.range_layout if of_weight else PER_TENSOR
+        quantizers[site] = FixedQuantizer(
+            width, signed=signed, layout=layout, shape=shape, compensated=compensated and of_weight
+        )
     return nn.ModuleDict(quantizers)

@@ -1,0 +1,237 @@
+"""Codes that make up for each other's errors: when they are chosen, by what, and that everything keeps them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from rankbits import BayesianLoraConfig, GateSchedule, harden, summarize
+from rankbits.quant.codes import codes, step_at
+from rankbits.training import compensation
+from rankbits.training.compensation import PASSES
+from rankbits.tuners.bayesian_lora import adapted_layers
+from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear
+
+STEPS = 24
+PHASES = (0.25, 0.0, 0.0)
+"""By evidence gates are fixed when the warm-up ends, after 6 steps."""
+
+
+def _model(**settings: object) -> PeftModel:
+    torch.manual_seed(3)
+    base = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Dropout(0.2), nn.Linear(24, 8))
+    chosen = {"r": 2, "placement": "merged", "granularity": "group", "group_size": 8, "calibration_passes": 1}
+    chosen |= {"rounding": "compensated", "target_modules": ["0", "3"]} | settings
+    return get_peft_model(base, BayesianLoraConfig(**chosen))
+
+
+def _schedule(model: nn.Module, **settings: object) -> GateSchedule:
+    return GateSchedule(model, STEPS, **({"budget": "bits=4", "phases": PHASES} | settings))
+
+
+def _batch(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    causes = torch.randn(32, 3, generator=generator) @ torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    return causes + 0.1 * torch.randn(32, 16, generator=generator)
+
+
+def _train(model: nn.Module, schedule: GateSchedule, steps: int) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    model.train()
+    for _ in range(steps):
+        torch.manual_seed(schedule.completed_steps)
+        x = _batch(schedule.completed_steps)
+        (model(x) - x[:, :8].cumsum(dim=1)).square().mean().backward()
+        optimizer.step()
+        model.zero_grad()
+        schedule.step()
+
+
+def _trained(**settings: object) -> PeftModel:
+    model = _model(**settings)
+    _train(model, _schedule(model), STEPS)
+    return model.eval()
+
+
+def _layers(model: nn.Module) -> list[BayesianLoraLinear]:
+    return [layer for _, layer in adapted_layers(model) if isinstance(layer, BayesianLoraLinear)]
+
+
+def _offsets(model: nn.Module) -> list[Tensor]:
+    found = [layer.quantizers_of("default")["weight"].offsets for layer in _layers(model)]
+    return [offsets for offsets in found if offsets is not None]
+
+
+def _sum(layer: BayesianLoraLinear) -> Tensor:
+    a, e, b = (getattr(layer, f"bayesian_lora_{name}")["default"] for name in ("down", "diagonal", "up"))
+    return (layer.weight + layer.scaling["default"] * (b * e) @ a).detach()
+
+
+def test_what_is_evaluated_are_the_nearest_codes_of_the_sum_and_their_offsets() -> None:
+    layer = _layers(_trained(learn_rank=False, quantizers=["weight"]))[0]
+    weight, quantizer = _sum(layer), layer.quantizers_of("default")["weight"]
+    step = step_at(quantizer.range_, 4).detach()
+    nearest = codes(weight.unflatten(1, (-1, 8)), step, 4)
+    expected = (nearest + quantizer.offsets.unflatten(1, (-1, 8))).clamp(-7, 7) * step
+    assert quantizer.offsets.any()
+    x = _batch(7)
+    torch.testing.assert_close(layer(x), x @ expected.flatten(1).T + layer.bias, rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_move_less_on_rows_never_seen() -> None:
+    model = _trained(quantizers=["weight"])
+    nearest = copy.deepcopy(model)
+    for offsets in _offsets(nearest):
+        offsets.zero_()
+    x = _batch(1000)
+    for layer, other in zip(_layers(model), _layers(nearest), strict=True):
+        inputs = x if layer.in_features == 16 else torch.tanh(_layers(model)[0](x))
+        target = inputs @ _sum(layer).T + layer.bias
+        moved, before = ((found(inputs) - target).square().mean() for found in (layer, other))
+        assert moved < 0.7 * before
+
+
+def test_a_sum_learns_unrounded_once_its_width_is_known_and_is_rounded_after_the_last_step() -> None:
+    model = _model(learn_rank=False, quantizers=["weight"])
+    schedule = _schedule(model)
+    _train(model, schedule, 12)
+    layer, x = _layers(model)[0], _batch(9)
+    assert {entry.bits["weight"] for entry in summarize(model)} == {4}
+    torch.testing.assert_close(layer(x), x @ _sum(layer).T + layer.bias, rtol=1e-5, atol=1e-5)
+    assert not any(offsets.any() for offsets in _offsets(model))
+    rounded = layer.eval()(x)
+    assert (rounded - (x @ _sum(layer).T + layer.bias)).abs().max() > 1e-2
+    torch.testing.assert_close(rounded, x @ layer.train().merged_weight("default", layer.weight).T + layer.bias)
+    _train(model, schedule, 12)
+    assert all(offsets.any() for offsets in _offsets(model))
+    torch.testing.assert_close(layer.train()(x), layer.eval()(x))
+
+
+def test_a_sum_at_two_bits_learns_through_the_nearest_codes() -> None:
+    model = _model(learn_rank=False, quantizers=["weight"])
+    schedule = _schedule(model, budget="bits=2")
+    _train(model, schedule, STEPS)
+    layer, x = _layers(model)[0], _batch(9)
+    torch.testing.assert_close(layer.train()(x), layer.eval()(x))
+    assert not any(offsets.any() for offsets in _offsets(model))
+
+
+@pytest.mark.parametrize("budget", ["bits=4", "bits=2"])
+def test_a_base_weight_beside_its_update_is_rounded_as_its_width_is_known(budget: str) -> None:
+    model = _model(placement="separate")
+    schedule = _schedule(model, budget=budget)
+    _train(model, schedule, 5)
+    assert not any(offsets.any() for offsets in _offsets(model))
+    _train(model, schedule, 1)
+    chosen = [offsets.clone() for offsets in _offsets(model)]
+    assert all(offsets.any() for offsets in chosen)
+    _train(model, schedule, STEPS - 6)
+    assert all(map(torch.equal, _offsets(model), chosen))
+
+
+def test_without_it_nothing_is_kept_and_nothing_stored() -> None:
+    model = _model(rounding="nearest")
+    schedule = _schedule(model)
+    _train(model, schedule, STEPS - 1)
+    assert not schedule.compensation.passes
+    assert not _offsets(model)
+    assert not any("offsets" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("placement", ["merged", "separate"])
+@pytest.mark.parametrize("at", [3, 10, STEPS - 2])
+def test_an_interrupted_run_ends_with_the_same_codes(placement: str, at: int) -> None:
+    whole = _model(placement=placement)
+    schedule = _schedule(whole)
+    _train(whole, schedule, at)
+    resumed = _model(placement=placement)
+    resumed.load_state_dict(whole.state_dict())
+    again = _schedule(resumed)
+    again.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
+    _train(whole, schedule, STEPS - at)
+    _train(resumed, again, STEPS - at)
+    assert all(offsets.any() for offsets in _offsets(whole))
+    assert all(map(torch.equal, _offsets(resumed), _offsets(whole)))
+    assert torch.equal(resumed.eval()(_batch(5)), whole.eval()(_batch(5)))
+
+
+def test_only_the_last_training_passes_are_kept_and_only_as_long_as_they_may_be_needed() -> None:
+    model = _model()
+    schedule = _schedule(model)
+    held = []
+    for step in range(STEPS):
+        _train(model, schedule, 1)
+        if step:  # by then ranges are calibrated
+            model.eval()(_batch(3))
+        held.append(len(schedule.compensation.passes))
+    assert held == [*range(1, 6), 0, 0, 0, *range(1, PASSES), 0]
+    model.train()(_batch(3))
+    assert not schedule.compensation.passes
+
+
+def test_choosing_codes_changes_neither_modes_nor_random_numbers() -> None:
+    model = _model()
+    schedule = _schedule(model)
+    _train(model, schedule, STEPS - 1)
+    model.get_submodule("base_model.model.2").eval()
+    modes = [module.training for module in model.modules()]
+    before = torch.get_rng_state()
+    schedule.step()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in model.modules()] == modes
+    assert all(offsets.any() for offsets in _offsets(model))
+
+
+def test_layers_are_looked_at_a_few_at_a_time_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = _trained()
+    monkeypatch.setattr(compensation, "MOMENT_BYTES", 1)
+    one_by_one = _trained()
+    assert torch.equal(_offsets(one_by_one)[0], _offsets(together)[0])
+    assert _offsets(one_by_one)[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hardening_merging_and_saving_keep_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = _model()
+    model = model.to(dtype)
+    schedule = _schedule(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for step in range(STEPS):
+        model.train()(_batch(step).to(dtype)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    x = _batch(77).to(dtype)
+    expected = model.eval()(x)
+    harden(model)
+    torch.testing.assert_close(model(x), expected)
+    expected = model(x)
+    model.save_pretrained(str(tmp_path))
+    torch.manual_seed(3)
+    base = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Dropout(0.2), nn.Linear(24, 8)).to(dtype)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    assert torch.equal(loaded(x), expected)
+    assert all(map(torch.equal, _offsets(loaded), _offsets(model)))
+    loaded.merge_adapter()
+    assert torch.equal(loaded(x), expected)
+    loaded.unmerge_adapter()
+    assert torch.equal(loaded(x), expected)
+
+
+def test_codes_of_many_processes_are_one_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    summed: list[tuple[int, ...]] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **_: summed.append(tuple(tensor.shape)))
+    _trained()
+    assert {(16, 16), (24, 24)} <= set(summed)
+
+
+def test_an_unknown_rounding_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`rounding` must be one of \['nearest', 'compensated'\], got 'up'"):
+        BayesianLoraConfig(rounding="up")
