@@ -78,10 +78,7 @@ def run(
     announce(f"model: {recipe.model}")
     set_seed(recipe.training.seed)
     tokenizer = models.load_tokenizer(recipe.model)
-    base = models.load_model(recipe.model, task, quantization(recipe))
-    _check_length(recipe, base)
-    if recipe.task.start_at_mean:
-        models.start_head_at(base, fmean(data.train["label"]))
+    base = _load_base(recipe, task, data)
     model = methods.attach(recipe, base, TaskType.CAUSAL_LM if task.kind == "completion" else TaskType.SEQ_CLS)
     trainer = make_trainer(recipe, task, data, model, tokenizer, folder)
     folder.claim()
@@ -133,6 +130,14 @@ def _account(model: Trainable, recipe: Recipe, announce: Callable[[str], object]
         # Training is over: a model that runs but cannot be counted still gets its record.
         announce(f"account: not counted: {reason}")
         return None
+
+
+def _load_base(recipe: Recipe, task: Task, data: TaskData) -> PreTrainedModel:
+    base = models.load_model(recipe.model, task, quantization(recipe))
+    _check_length(recipe, base)
+    if recipe.task.start_at_mean:
+        models.start_head_at(base, fmean(data.train["label"]))
+    return base
 
 
 def _check_length(recipe: Recipe, base: PreTrainedModel) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankbits.errors import MergeError, RankbitsWarning
-from rankbits.quant.grid import BIT_WIDTHS, bits_of_gates
 from rankbits.quant.quantizer import FixedQuantizer, Quantizer
 from rankbits.tuners.bayesian_lora import products
-from rankbits.tuners.bayesian_lora.adapters import GatedAdapters
 from rankbits.tuners.bayesian_lora.config import Placement, Site
 from rankbits.tuners.bayesian_lora.layer_gates import GateValues
+from rankbits.tuners.bayesian_lora.rounded_weight import RoundedWeight
 
 UNSCHEDULED_PASSES = 100
 """Training passes without a step of the schedule after which a layer says so."""
@@ -24,7 +22,7 @@ ACTIVATION_SITES = (Site.INPUT, Site.DOWN_OUTPUT, Site.DIAGONAL_OUTPUT, Site.OUT
 """Quantizers whose work no single weight can do."""
 
 
-class BayesianLoraLinear(GatedAdapters):
+class BayesianLoraLinear(RoundedWeight):
     """y = Q_out(Q_in(x) Q_w(W0)^T + bias + s Q_E(Q_A(x A^T) E g) B^T), Bayesian-LoRA Eqs. 8-15 and Alg. 1.
 
     With the merged placement y = Q_out(Q_in(x) Q_w(W0 + s B diag(E g) A)^T + bias).
@@ -113,10 +111,6 @@ class BayesianLoraLinear(GatedAdapters):
         hard = not self.training or self.phase[adapter_name].fixed
         gates, row = decided
         return self._put_on_grid(adapter_name, quantizer, x, gates.widths_of(row, hard=hard), hard=hard)
-
-    def _rounds_the_sum(self, adapter_name: str) -> bool:
-        merged = self.placement[adapter_name] is Placement.MERGED
-        return merged and Site.WEIGHT.value in self.quantizers_of(adapter_name)
 
     def _read(self, adapter_name: str, x: Tensor, gates: GateValues | None) -> Tensor:
         """The quantized input; made once for all layers that read it."""
@@ -212,15 +206,6 @@ class BayesianLoraLinear(GatedAdapters):
         learns = self.training and not phase.fixed and not phase.measures
         return self.weight_gradient_rows[adapter_name] if learns else None
 
-    def _sum(self, adapter_name: str, weight: Tensor, gates: GateValues | None) -> Tensor:
-        """W0 + s B diag(E g) A in float32, [out_features, in_features], whatever autocast would make of it."""
-        down, diagonal, up = (factor.to(torch.float32) for factor in self._factors(adapter_name))
-        if gates is not None and gates.ranks is not None:
-            diagonal = diagonal * gates.ranks
-        with torch.autocast(weight.device.type, enabled=False):
-            update = (up * diagonal) @ down * self.scaling[adapter_name]
-            return self.oriented(weight).to(torch.float32) + update
-
     def _rounded_sum(self, adapter_name: str, weight: Tensor, gates: GateValues | None) -> Tensor:
         """Q_w(W0 + s B diag(E g) A) in the dtype of the base weight: what runs, and what merging writes."""
         total = self._sum(adapter_name, weight, gates)
@@ -303,109 +288,11 @@ class BayesianLoraLinear(GatedAdapters):
         down, diagonal, up = (f.to(torch.promote_types(f.dtype, torch.float32)) for f in self._factors(adapter_name))
         return down.clone(), up * diagonal, self.scaling[adapter_name]
 
-    def fit_weight_range(self, adapter_name: str) -> None:
-        """Fit the ranges of what the weight's quantizer rounds to the width it has now; once."""
-        found = self._learned_weight(adapter_name)
-        if found is not None:
-            quantizer, bits = found
-            quantizer.fit(self._to_round(adapter_name), bits)
-
-    def is_rounded_last(self, adapter_name: str) -> bool:
-        """Whether the weight, at the width it has now, is to be rounded after the last step and not before.
-
-        Codes that make up for each other's errors keep doing so while the weight stands still, and W0 does; a sum moves
-        as long as the update learns. At 2 bits rounding costs more than can be made up for, so that the update has to
-        learn through it.
-        """
-        found = self._learned_weight(adapter_name)
-        if found is None or found[0].offsets is None:
-            return False
-        return self._rounds_the_sum(adapter_name) and found[1] > BIT_WIDTHS[0]
-
-    def may_compensate(self, adapter_name: str) -> bool:
-        """Whether the codes of the weight can make up for each other's errors."""
-        found = self._learned_weight(adapter_name)
-        return found is not None and found[0].offsets is not None
-
-    def awaits_compensation(self, adapter_name: str) -> bool:
-        """Whether now is when the codes of the weight are to make up for each other's errors."""
-        found, phase = self._learned_weight(adapter_name), self.phase[adapter_name]
-        if found is None or found[0].offsets is None or not phase.fixed:
-            return False
-        if self._rounds_the_sum(adapter_name):
-            return phase.completed and self.learns_unrounded[adapter_name]
-        return not bool(found[0].offsets.any())
-
     @torch.no_grad()
     def input_moment(self, adapter_name: str, x: Tensor) -> Tensor:
         """Sum of x x^T over the inputs x [..., in_features] as they are rounded: [in_features, in_features] float32."""
         rows = self._read(adapter_name, x, self._hard_gates(adapter_name)).flatten(0, -2).to(torch.float32)
         return rows.T @ rows
-
-    def compensate(self, adapter_name: str, moment: Tensor) -> None:
-        """Round the weight, from now on, so that the outputs for these inputs move least.
-
-        Args:
-            adapter_name: which adapter.
-            moment: as `input_moment` gives it, summed over batches.
-        """
-        found = self._learned_weight(adapter_name)
-        if found is not None:
-            quantizer, bits = found
-            quantizer.compensate(self._to_round(adapter_name), bits, moment)
-            self.learns_unrounded[adapter_name] = False
-
-    def _learned_weight(self, adapter_name: str) -> tuple[Quantizer, int] | None:
-        """The quantizer of the weight and its width by the gates of inference, or None if none learns."""
-        quantizer = self.quantizers_of(adapter_name).get(Site.WEIGHT.value)
-        decided = self.gate_of(adapter_name, Site.WEIGHT)
-        if not isinstance(quantizer, Quantizer) or decided is None or self.weight.is_meta:
-            return None
-        gates, row = decided
-        return quantizer, int(bits_of_gates(gates.widths_of(row, hard=True)))
-
-    @torch.no_grad()
-    def _to_round(self, adapter_name: str) -> Tensor:
-        """What the quantizer of the weight rounds, [out_features, in_features]."""
-        if self._rounds_the_sum(adapter_name):
-            return self._sum(adapter_name, self.weight, self._hard_gates(adapter_name))
-        return self.oriented(self.weight).detach().to(torch.float32)
-
-    def _hard_gates(self, adapter_name: str) -> GateValues | None:
-        gates = self.gates_of(adapter_name)
-        return gates.values(hard=True) if gates is not None else None
-
-    def sites_without_values(self, adapter_name: str) -> list[str]:
-        """Quantizers with nothing to make a range of: no value recorded, and no weight other than zero."""
-        visible = {id(q) for q, weight in self._weight_quantizers(adapter_name) if bool(weight.any())}
-        quantizers = self.quantizers_of(adapter_name).items()
-        unseen = [(s, q) for s, q in quantizers if isinstance(q, Quantizer) and not q.has_seen_values]
-        return [site for site, quantizer in unseen if id(quantizer) not in visible]
-
-    def finish_calibration(self, adapter_name: str) -> None:
-        """End calibration of all quantizers of an adapter that have seen anything but zeros."""
-        for weight_quantizer, weight in self._weight_quantizers(adapter_name):
-            if not weight_quantizer.has_seen_values:
-                weight_quantizer.record(weight)
-        for quantizer in self.quantizers_of(adapter_name).values():
-            if isinstance(quantizer, Quantizer):
-                quantizer.finish_calibration()
-
-    @torch.no_grad()
-    def cover_weights(self, adapter_name: str) -> None:
-        """Widen the ranges of what is trained (A, E and B, or the sum) while it still grows from its start."""
-        for quantizer, weight in self._weight_quantizers(adapter_name):
-            quantizer.cover(weight)
-
-    def _weight_quantizers(self, adapter_name: str) -> Iterator[tuple[Quantizer, Tensor]]:
-        quantizers = self.quantizers_of(adapter_name)
-        for site, factor in zip((Site.DOWN, Site.DIAGONAL, Site.UP), self._factors(adapter_name), strict=True):
-            quantizer = quantizers.get(site.value)
-            if isinstance(quantizer, Quantizer):
-                yield quantizer, factor
-        quantizer = quantizers.get(Site.WEIGHT.value)
-        if isinstance(quantizer, Quantizer) and self._rounds_the_sum(adapter_name):
-            yield quantizer, self._sum(adapter_name, self.weight, self._hard_gates(adapter_name))
 
     def __repr__(self) -> str:
         return "bayesian_lora." + super().__repr__()
