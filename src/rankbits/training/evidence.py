@@ -22,7 +22,7 @@ from rankbits.training.open_gates import OpenGates
 
 LEAST, MOST = 0.5, 6.0
 """Distance of logits from the threshold, between a gate that was hardly worth its price and one that was by far."""
-TRUST = 0.25
+TRUST = 0.75
 """Share of a gate's distance from its like, in logarithms, that is believed."""
 
 
