@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from rankbits.errors import RankbitsWarning
 from rankbits.tuners.bayesian_lora import learning_adapters
 from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear
 
@@ -41,26 +43,37 @@ class Compensation:
     def __init__(self, model: nn.Module, *, at: Sequence[int]) -> None:
         self.model, self.at = model, tuple(at)
         self.passes: deque[tuple[tuple[Any, ...], dict[str, Any]]] = deque(maxlen=PASSES)
+        self._keeps = False
         self._handle: RemovableHandle | None = None
+        if any(True for _ in self._layers()):
+            # From the first step on: a model that is compiled does not notice hooks that come later.
+            keep: Any = torch.compiler.disable(self._keep)
+            self._handle = model.register_forward_pre_hook(keep, with_kwargs=True)
 
     def advance(self, completed_steps: int) -> None:
         """Round what is to be rounded after so many optimizer steps, and keep passes where some will be."""
-        if completed_steps in self.at and self.passes:
+        if completed_steps in self.at:
             due = [(layer, name) for layer, name in self._layers() if layer.awaits_compensation(name)]
-            compensate(self.model, due, self.passes)
+            if due and not self.passes:
+                warnings.warn(
+                    f"no training pass of the model was seen in the last {PASSES} steps, so that nothing is known of "
+                    "the inputs of its layers: weights keep their nearest codes. Train the model that the schedule was "
+                    "made for, or one that calls it",
+                    RankbitsWarning,
+                    stacklevel=3,
+                )
+            elif due:
+                compensate(self.model, due, self.passes)
         self.resume(completed_steps)
 
     def resume(self, completed_steps: int) -> None:
         """Keep the inputs of passes from now on if they may be needed: in the last `PASSES` steps before."""
-        near = any(step - PASSES <= completed_steps < step for step in self.at)
-        wanted = near and any(True for _ in self._layers())
-        if wanted and self._handle is None:
-            self._handle = self.model.register_forward_pre_hook(self._keep, with_kwargs=True)
-        elif not wanted and self._handle is not None:
+        self._keeps = any(step - PASSES <= completed_steps < step for step in self.at)
+        if not self._keeps:
+            self.passes.clear()
+        if completed_steps >= max(self.at) and self._handle is not None:
             self._handle.remove()
             self._handle = None
-        if not wanted:
-            self.passes.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The passes that are kept, ready for JSON; nothing if there are none."""
@@ -83,7 +96,7 @@ class Compensation:
                 yield layer, name
 
     def _keep(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.model.training and torch.is_grad_enabled():
+        if self._keeps and self.model.training and torch.is_grad_enabled():
             self.passes.append(_mapped(_detached, (args, kwargs)))
 
 

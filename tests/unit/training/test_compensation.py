@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from rankbits import BayesianLoraConfig, GateSchedule, harden, summarize
+from rankbits.errors import RankbitsWarning
 from rankbits.quant.codes import codes, step_at
 from rankbits.training import compensation
 from rankbits.training.compensation import PASSES
@@ -186,6 +187,27 @@ def test_choosing_codes_changes_neither_modes_nor_random_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in model.modules()] == modes
     assert all(offsets.any() for offsets in _offsets(model))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+def test_a_compiled_model_is_seen_too() -> None:
+    model = _model()
+    schedule = _schedule(model)
+    compiled = torch.compile(model, backend="eager")
+    _train(compiled, schedule, STEPS)
+    assert all(offsets.any() for offsets in _offsets(model))
+
+
+def test_without_a_pass_to_go_by_codes_stay_the_nearest_and_a_warning_says_so() -> None:
+    model = _model()
+    schedule = _schedule(model)
+    _train(model, schedule, STEPS - PASSES)
+    for _ in range(PASSES - 1):
+        schedule.step()
+    with pytest.warns(RankbitsWarning, match="no training pass of the model was seen in the last 16 steps"):
+        schedule.step()
+    assert not any(offsets.any() for offsets in _offsets(model))
 
 
 def test_layers_are_looked_at_a_few_at_a_time_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
