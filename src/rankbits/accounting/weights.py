@@ -50,7 +50,7 @@ def weights_bytes(shape: ModelShape, spec: MethodSpec, settings: TrainingSetting
             total += nf4_bytes(sizes[0], double=settings.base == "nf4-double")
             sizes = sizes[1:]
         total += sum(sizes) * settings.base_bytes
-    total += sum(linear.d_out * linear.d_in for linear in offset_weights(shape, spec))
+    total += sum(linear.d_out * linear.d_in for linear in offset_weights(shape, spec) if linear.name not in quantized)
     if keeps_original(spec):
         total += sum(trained_sizes(shape, spec)) * settings.base_bytes
     return total

@@ -21,7 +21,7 @@ LARGEST_OFFSET = 127
 
 
 def compensating_offsets(weight: Tensor, step: Tensor, largest: int, moment: Tensor) -> Tensor:
-    """What to add to the nearest codes of a weight so that the outputs of its layer move least.
+    """What to add to the nearest whole steps of a weight, before they are clamped, so that outputs move least.
 
     Args:
         weight: [out_features, in_features].
@@ -40,8 +40,12 @@ def compensating_offsets(weight: Tensor, step: Tensor, largest: int, moment: Ten
     second = moment.to(weight.device, dtype)
     if not bool(torch.isfinite(second).all()) or float(second.diagonal().sum()) <= 0.0:
         return torch.zeros_like(weight, dtype=torch.int8)
-    offsets = (_compensated_codes(values, steps, largest, second) - nearest).clamp(-LARGEST_OFFSET, LARGEST_OFFSET)
-    before, after = nearest * steps - values, (nearest + offsets) * steps - values
+    chosen = _compensated_codes(values, steps, largest, second)
+    whole = torch.round(values / steps)
+    # Of numbers beyond the grid, too, the code that is chosen must be what comes out.
+    offsets = torch.where(chosen == nearest, 0.0, chosen - whole).clamp(-LARGEST_OFFSET, LARGEST_OFFSET)
+    before = nearest * steps - values
+    after = torch.clamp(whole + offsets, -largest, largest) * steps - values
     gains = ((after @ second) * after).sum(dim=1) < ((before @ second) * before).sum(dim=1)  # [out_features]
     return torch.where(gains[:, None], offsets, 0.0).to(torch.int8)
 

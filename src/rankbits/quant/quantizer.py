@@ -190,8 +190,8 @@ class Quantizer(Float32State):
             torch.maximum(self.log_range, largest.log(), out=self.log_range)
 
     @torch.no_grad()
-    def fit(self, x: Tensor, bits: int) -> None:
-        """Choose the ranges of a weight for one width, once: a second call changes nothing.
+    def fit(self, x: Tensor, bits: int, *, again: bool = False) -> None:
+        """Choose the ranges of a weight for one width, once: a second call changes nothing unless it says so.
 
         The largest value of a grid lies below its range, by a factor of 1.5 at 2 bits. From 8 bits on each range
         becomes what reaches the largest magnitude; at 2 and 4 bits what rounds with the least squared error, out of
@@ -200,9 +200,12 @@ class Quantizer(Float32State):
         Args:
             x: the weight.
             bits: 2, 4, 8, 16 or 32.
+            again: whether to fit, too, what was fitted before; codes are the nearest ones then.
         """
-        if not self.is_calibrated or bool(self.fitted):
+        if not self.is_calibrated or (bool(self.fitted) and not again):
             return
+        if self.offsets is not None:
+            self.offsets.zero_()
         values = x.detach().to(torch.float32)
         reached = self.layout.magnitudes(values).clamp(min=RANGE_FLOOR) / (1.0 - 1.0 / (2.0**bits - 1.0))
         self.log_range.copy_(reached.log())
@@ -220,22 +223,18 @@ class Quantizer(Float32State):
 
     @torch.no_grad()
     def compensate(self, x: Tensor, bits: int, moment: Tensor) -> None:
-        """Fit the ranges of a weight anew, and offset its codes so that the outputs of its layer move least.
+        """Offset the codes of a weight so that the outputs of its layer move least.
 
         Args:
             x: the weight [out_features, in_features] that will be rounded.
             bits: 2, 4, 8, 16 or 32; numbers of 32 bits are not rounded.
             moment: [in_features, in_features], sum of x x^T over inputs x of the layer.
         """
-        if self.offsets is None or not self.is_calibrated:
+        if self.offsets is None or not self.is_calibrated or bits >= UNROUNDED_WIDTH:
             return
-        self.fitted.fill_(False)
-        self.offsets.zero_()
-        self.fit(x, bits)
-        if bits < UNROUNDED_WIDTH:
-            parts = self.layout.parts(x)
-            step = step_at(self.range_, bits, signed=self.is_signed).expand_as(parts).reshape(x.shape)
-            self.offsets.copy_(compensating_offsets(x, step, 2 ** (bits - 1) - 1, moment))
+        parts = self.layout.parts(x)
+        step = step_at(self.range_, bits, signed=self.is_signed).expand_as(parts).reshape(x.shape)
+        self.offsets.copy_(compensating_offsets(x, step, 2 ** (bits - 1) - 1, moment))
 
     def _passes_through(self, x: Tensor) -> bool:
         """Whether this pass is the identity; records it if it is a calibration pass."""

@@ -21,11 +21,13 @@ def unsuited(recipe: Recipe) -> list[Problem]:
 
 
 def _start(recipe: Recipe) -> Iterator[Problem]:
+    if not recipe.task.start_at_mean:
+        return
     # Imported here: tasks build on numpy, which a recipe's other checks do not need.
     from rankbits import tasks
 
     kind = tasks.get(recipe.task.name).kind
-    if recipe.task.start_at_mean and kind != "regression":
+    if kind != "regression":
         yield Problem(
             "task.start_at_mean",
             f"given true, expected false with task {recipe.task.name!r}: a {kind} task has no labels to take a mean of",

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import base64
 import io
+import pickle
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from rankbits.errors import RankbitsWarning
+from rankbits.errors import RankbitsWarning, ScheduleError
 from rankbits.tuners.bayesian_lora import learning_adapters
+from rankbits.tuners.bayesian_lora.config import Placement
 from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear
 
 PASSES = 16
@@ -37,43 +40,76 @@ class Compensation:
 
     Args:
         model: what is trained.
-        at: completed optimizer steps after which weights may have to be rounded, in order.
+        fixed_from: completed optimizer steps after which gates are fixed, and with them the width of each W0.
+        total_steps: optimizer steps of the whole training, after which sums are rounded.
+
+    Raises:
+        ScheduleError: there are weights whose codes are to be chosen, and no steps with fixed gates, or no others.
     """
 
-    def __init__(self, model: nn.Module, *, at: Sequence[int]) -> None:
-        self.model, self.at = model, tuple(at)
+    def __init__(self, model: nn.Module, *, fixed_from: int, total_steps: int) -> None:
+        self.model, self.total_steps = model, total_steps
         self.passes: deque[tuple[tuple[Any, ...], dict[str, Any]]] = deque(maxlen=PASSES)
-        self._keeps = False
+        layers = list(self._layers())
+        if layers and not 0 < fixed_from < total_steps:
+            fixed = total_steps - min(fixed_from, total_steps)
+            raise ScheduleError(
+                f"rounding='compensated' chooses codes for widths that are fixed, but {fixed} of {total_steps} steps "
+                "have fixed gates; expected phases (warm-up, ramp, fixed) that leave some steps with fixed gates and "
+                "some before them, or rounding='nearest'"
+            )
+        placements = {layer.placement_of(name) for layer, name in layers}
+        self.at = tuple(total_steps if place is Placement.MERGED else fixed_from for place in placements)
+        self.keeps = False
         self._handle: RemovableHandle | None = None
-        if any(True for _ in self._layers()):
-            # From the first step on: a model that is compiled does not notice hooks that come later.
-            keep: Any = torch.compiler.disable(self._keep)
-            self._handle = model.register_forward_pre_hook(keep, with_kwargs=True)
 
     def advance(self, completed_steps: int) -> None:
         """Round what is to be rounded after so many optimizer steps, and keep passes where some will be."""
+        due = []
         if completed_steps in self.at:
             due = [(layer, name) for layer, name in self._layers() if layer.awaits_compensation(name)]
-            if due and not self.passes:
-                warnings.warn(
-                    f"no training pass of the model was seen in the last {PASSES} steps, so that nothing is known of "
-                    "the inputs of its layers: weights keep their nearest codes. Train the model that the schedule was "
-                    "made for, or one that calls it",
-                    RankbitsWarning,
-                    stacklevel=3,
-                )
-            elif due:
-                compensate(self.model, due, self.passes)
+        for layer, name in due:
+            layer.fit_weight_range(name, again=True)
+        if due and not self.passes:
+            warnings.warn(
+                f"no training pass of the model was seen in the last {PASSES} steps, so that nothing is known of the "
+                "inputs of its layers: weights keep their nearest codes. Train the model that the schedule was made "
+                "for, or one that calls it",
+                RankbitsWarning,
+                stacklevel=3,
+            )
+        elif due:
+            compensate(self.model, due, self.passes)
         self.resume(completed_steps)
 
     def resume(self, completed_steps: int) -> None:
         """Keep the inputs of passes from now on if they may be needed: in the last `PASSES` steps before."""
-        self._keeps = any(step - PASSES <= completed_steps < step for step in self.at)
-        if not self._keeps:
+        self.keeps = any(step - PASSES <= completed_steps < step for step in self.at)
+        if not self.keeps:
             self.passes.clear()
-        if completed_steps >= max(self.at) and self._handle is not None:
+        # From the first step to the last: a model that is compiled does not notice hooks that come later.
+        if self.at and completed_steps < max(self.at) and self._handle is None:
+            self._handle = self.model.register_forward_pre_hook(_Hook(self), with_kwargs=True)
+        elif self._handle is not None and completed_steps >= max(self.at):
+            self.stop()
+
+    def stop(self) -> None:
+        """Look at no further pass."""
+        self.passes.clear()
+        if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+    def end(self, completed_steps: int) -> None:
+        """Training is over, maybe early: say so if sums were to be rounded that keep their nearest codes now."""
+        self.stop()
+        if completed_steps < max(self.at, default=0):
+            warnings.warn(
+                f"training ended after {completed_steps} of {self.total_steps} steps, before the codes of weights were "
+                "chosen by rounding='compensated': they are the nearest ones",
+                RankbitsWarning,
+                stacklevel=3,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The passes that are kept, ready for JSON; nothing if there are none."""
@@ -84,20 +120,53 @@ class Compensation:
         return {STATE_NAME: base64.b64encode(buffer.getvalue()).decode("ascii")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
+        """Continue from `state_dict`. ScheduleError if the inputs of the model are more than tensors and plain data."""
         self.passes.clear()
-        if STATE_NAME in state:
-            buffer = io.BytesIO(base64.b64decode(state[STATE_NAME]))
+        if STATE_NAME not in state:
+            return
+        buffer = io.BytesIO(base64.b64decode(state[STATE_NAME]))
+        try:
             self.passes.extend(torch.load(buffer, map_location="cpu", weights_only=True))
+        except pickle.UnpicklingError as reason:
+            raise ScheduleError(
+                "the checkpoint keeps training passes whose inputs are more than tensors and plain data, which cannot "
+                f"be read back: {str(reason).splitlines()[0]}. Resume from a checkpoint that is more than {PASSES} "
+                "steps before weights are rounded"
+            ) from reason
+
+    def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the inputs of a pass if it is one of training."""
+        if self.keeps and self.model.training and torch.is_grad_enabled():
+            self.passes.append(_mapped(_copied, (args, kwargs)))
 
     def _layers(self) -> Iterator[tuple[BayesianLoraLinear, str]]:
         for layer, name, _ in learning_adapters(self.model):
             if isinstance(layer, BayesianLoraLinear) and layer.may_compensate(name):
                 yield layer, name
 
-    def _keep(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._keeps and self.model.training and torch.is_grad_enabled():
-            self.passes.append(_mapped(_detached, (args, kwargs)))
+
+class _Hook:
+    """Hands the inputs of the model's passes on; copies and pickles of the model have one that hands on nothing."""
+
+    def __init__(self, to: Compensation | None = None) -> None:
+        self.to = to
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _hand_on(self, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+def _hand_on_eagerly(hook: _Hook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if hook.to is not None:
+        hook.to.keep(args, kwargs)
+
+
+_hand_on: Any = torch.compiler.disable(_hand_on_eagerly)
 
 
 @torch.no_grad()
@@ -172,16 +241,11 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _detached(tensor: Tensor) -> Tensor:
-    return tensor.detach()
+def _copied(tensor: Tensor) -> Tensor:
+    # Loops may fill one buffer with every batch.
+    return tensor.detach().clone()
 
 
-def _mapped(change: Any, value: Any) -> Any:
-    """Tensors changed, wherever they are in tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _mapped(change, each) for key, each in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_mapped(change, each) for each in value)
-    return value
+def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Tensors changed, wherever they are in containers that PyTorch knows."""
+    return tree_map_only(Tensor, change, value)

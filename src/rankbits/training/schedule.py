@@ -98,7 +98,7 @@ class GateSchedule:
         self.controller = self._controller(budgets) if budgets else None
         self._given = {"lambda_q": lambda_q, "lambda_r": lambda_r}
         self._set_lambdas(lambda_q, lambda_r, Penalty(**penalty))
-        self.compensation = Compensation(model, at=(self.fixed_from, total_steps))
+        self.compensation = Compensation(model, fixed_from=self.fixed_from, total_steps=total_steps)
         self._enter()
         self.compensation.resume(0)
 

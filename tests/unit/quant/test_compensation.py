@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from rankbits.quant import compensation
+from rankbits.quant.codes import step_at
 from rankbits.quant.compensation import DAMPING, compensating_offsets
+from rankbits.quant.grid import Granularity, RangeLayout
+from rankbits.quant.quantizer import Quantizer
 
 LARGEST = 7
 
@@ -91,3 +94,28 @@ def test_half_precision_weights_and_one_step_for_all() -> None:
     offsets = compensating_offsets(weight.to(torch.bfloat16), torch.tensor(0.3), LARGEST, moment.float())
     assert offsets.dtype is torch.int8
     assert offsets.any()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_of_clipped_numbers_too_the_code_that_was_chosen_comes_out(bits: int) -> None:
+    weight, _, moment = _case(16, 32)
+    weight = weight.float()
+    layout = RangeLayout(Granularity.GROUP, 8)
+    quantizer = Quantizer(calibration_passes=0, layout=layout, shape=(16, 32), compensated=True)
+    quantizer.calibrate_to(weight)
+    quantizer.fit(weight, bits)
+    with torch.no_grad():
+        quantizer.log_range -= 0.6
+    gates = torch.arange(4) < {2: 0, 4: 1}[bits]
+    nearest = quantizer.rounded(weight, gates)
+    quantizer.compensate(weight, bits, moment)
+    compensated = quantizer.rounded(weight, gates)
+    assert (weight.abs() > quantizer.range_.expand(16, 4, 8).reshape(16, 32)).any()
+    before, after = (_error((found - weight).double(), moment) for found in (nearest, compensated))
+    assert (after <= before * (1.0 + 1e-6)).all()
+    assert after.sum() < 0.8 * before.sum()
+    step = step_at(quantizer.range_, bits).expand(16, 4, 8).reshape(16, 32).double()
+    largest = 2 ** (bits - 1) - 1
+    chosen = compensation._compensated_codes(weight.double(), step, largest, moment)
+    improved = after < before * (1.0 - 1e-6)
+    assert torch.equal(torch.round(compensated / step)[improved], chosen[improved])

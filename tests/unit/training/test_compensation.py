@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from rankbits import BayesianLoraConfig, GateSchedule, harden, summarize
-from rankbits.errors import RankbitsWarning
+from rankbits.errors import RankbitsWarning, ScheduleError
 from rankbits.quant.codes import codes, step_at
 from rankbits.training import compensation
 from rankbits.training.compensation import PASSES
@@ -171,7 +172,7 @@ def test_only_the_last_training_passes_are_kept_and_only_as_long_as_they_may_be_
         if step:  # by then ranges are calibrated
             model.eval()(_batch(3))
         held.append(len(schedule.compensation.passes))
-    assert held == [*range(1, 6), 0, 0, 0, *range(1, PASSES), 0]
+    assert held == [*(0 for _ in range(STEPS - PASSES)), *range(1, PASSES), 0]
     model.train()(_batch(3))
     assert not schedule.compensation.passes
 
@@ -246,14 +247,64 @@ def test_hardening_merging_and_saving_keep_every_bit(tmp_path: Path, dtype: torc
     assert torch.equal(loaded(x), expected)
 
 
-def test_codes_of_many_processes_are_one_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    summed: list[tuple[int, ...]] = []
+def test_codes_of_many_processes_follow_from_the_sum_of_their_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reduced(moment: Tensor, **_: object) -> None:
+        if moment.shape == (24, 24):  # as if the other processes had seen inputs that do not depend on each other
+            moment.copy_(torch.eye(24))
+
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **_: summed.append(tuple(tensor.shape)))
-    _trained()
-    assert {(16, 16), (24, 24)} <= set(summed)
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduced)
+    first, second = _offsets(_trained())
+    assert first.any()
+    assert not second.any()
+
+
+def test_training_again_begins_with_the_nearest_codes_and_rounded_passes() -> None:
+    model = _trained()
+    schedule = _schedule(model)
+    assert not any(offsets.any() for offsets in _offsets(model))
+    assert not any(layer.learns_unrounded["default"] for layer in _layers(model))
+    _train(model, schedule, STEPS)
+    assert all(offsets.any() for offsets in _offsets(model))
+
+
+def test_a_hardened_layer_rounds_in_training_too() -> None:
+    model = _model(learn_rank=False)
+    schedule = _schedule(model)
+    _train(model, schedule, 12)
+    harden(model)
+    layer, x = _layers(model)[0], _batch(9)
+    torch.testing.assert_close(layer.train()(x), layer.eval()(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_model_in_training_are_looked_at_by_nobody(copied) -> None:
+    model = _model()
+    schedule = _schedule(model)
+    _train(model, schedule, 10)
+    before = len(schedule.compensation.passes)
+    other = copied(model)
+    other.train()(_batch(1))
+    assert before > 0
+    assert len(schedule.compensation.passes) == before
+
+
+@pytest.mark.parametrize("phases", [(0.25, 0.25, 0.0), (0.0, 0.0, 1.0)])
+def test_phases_in_which_codes_cannot_be_chosen_are_refused(phases: tuple[float, float, float]) -> None:
+    with pytest.raises(ScheduleError, match=r"chooses codes for widths that are fixed, but (0|24) of 24 steps have"):
+        GateSchedule(_model(), STEPS, phases=phases)
+
+
+def test_a_run_that_ends_early_says_that_codes_are_the_nearest() -> None:
+    model = _model()
+    schedule = _schedule(model)
+    _train(model, schedule, 12)
+    with pytest.warns(RankbitsWarning, match="training ended after 12 of 24 steps, before the codes of weights"):
+        schedule.compensation.end(12)
 
 
 def test_an_unknown_rounding_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`rounding` must be one of \['nearest', 'compensated'\], got 'up'"):
         BayesianLoraConfig(rounding="up")
+    with pytest.raises(ValueError, match="`rounding`='compensated' needs a quantizer of the weight"):
+        BayesianLoraConfig(rounding="compensated", learn_bits=False)

@@ -274,14 +274,19 @@ class GatedAdapters(AdapterLinear, ABC):
         It also fits the ranges of the weight to the widths that are now known, and freezes them; a weight that is
         rounded last learns unrounded from then on. While gates stand, no range is trained.
         """
-        begins = phase.fixed and not self.phase[adapter_name].fixed
+        before = self.phase[adapter_name]
+        begins, begins_anew = phase.fixed and not before.fixed, before.fixed and not phase.fixed
         self.phase[adapter_name] = phase
         if completed_steps > 0:
             self.unscheduled_passes[adapter_name] = -1
         self.bayesian_lora_steps[adapter_name].fill_(completed_steps)
         if begins:
             self.fit_weight_range(adapter_name)
-            self.learns_unrounded[adapter_name] = self.is_rounded_last(adapter_name)
+        if begins_anew:
+            self.forget_offsets(adapter_name)
+        if (phase.fixed, phase.completed) != (before.fixed, before.completed):
+            learns = phase.fixed and not phase.completed
+            self.learns_unrounded[adapter_name] = learns and self.is_rounded_last(adapter_name)
         if phase.fixed:
             self.frozen_peft_weight_names[adapter_name] = ("bayesian_lora_gates",)
         else:
@@ -342,6 +347,10 @@ class GatedAdapters(AdapterLinear, ABC):
     @abstractmethod
     def fit_weight_range(self, adapter_name: str) -> None:
         """Fit the ranges of what the weight's quantizer rounds to the width it has now."""
+
+    @abstractmethod
+    def forget_offsets(self, adapter_name: str) -> None:
+        """Take the nearest codes for the weight again."""
 
     @abstractmethod
     def is_rounded_last(self, adapter_name: str) -> bool:

@@ -247,6 +247,8 @@ class BayesianLoraConfig(PeftConfig):
             for name in ("quantize_attention", "quantize_head")
             if getattr(self, name) and not self.learn_bits
         )
+        if self.compensates and Site.WEIGHT not in self.sites:
+            problems.append("`rounding`='compensated' needs a quantizer of the weight, which this adapter has not")
         if merged and self.dropout:
             problems.append(
                 f"`dropout`={self.dropout} has no place with placement='merged', where the update is part of the "

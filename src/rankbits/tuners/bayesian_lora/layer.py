@@ -291,7 +291,8 @@ class BayesianLoraLinear(RoundedWeight):
     @torch.no_grad()
     def input_moment(self, adapter_name: str, x: Tensor) -> Tensor:
         """Sum of x x^T over the inputs x [..., in_features] as they are rounded: [in_features, in_features] float32."""
-        rows = self._read(adapter_name, x, self._hard_gates(adapter_name)).flatten(0, -2).to(torch.float32)
+        rows = self._read(adapter_name, x, self._hard_gates(adapter_name))
+        rows = rows.reshape(-1, self.in_features).to(torch.float32)
         return rows.T @ rows
 
     def __repr__(self) -> str:

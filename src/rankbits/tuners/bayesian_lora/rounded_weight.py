@@ -41,12 +41,18 @@ class RoundedWeight(GatedAdapters):
             return self._sum(adapter_name, self.weight, self._hard_gates(adapter_name))
         return self.oriented(self.weight).detach().to(torch.float32)
 
-    def fit_weight_range(self, adapter_name: str) -> None:
-        """Fit the ranges of what the weight's quantizer rounds to the width it has now; once."""
+    def fit_weight_range(self, adapter_name: str, *, again: bool = False) -> None:
+        """Fit the ranges of what the weight's quantizer rounds to the width it has now; once, or `again`."""
         found = self._learned_weight(adapter_name)
         if found is not None:
             quantizer, bits = found
-            quantizer.fit(self._to_round(adapter_name), bits)
+            quantizer.fit(self._to_round(adapter_name), bits, again=again)
+
+    def forget_offsets(self, adapter_name: str) -> None:
+        """Take the nearest codes for the weight again."""
+        quantizer = self.quantizers_of(adapter_name).get(Site.WEIGHT.value)
+        if quantizer is not None and quantizer.offsets is not None:
+            quantizer.offsets.zero_()
 
     def is_rounded_last(self, adapter_name: str) -> bool:
         """Whether the weight, at the width it has now, is to be rounded after the last step and not before.
@@ -69,7 +75,7 @@ class RoundedWeight(GatedAdapters):
         """Whether now, as a phase of the schedule begins, these codes are to be chosen."""
         phase = self.phase[adapter_name]
         if self._rounds_the_sum(adapter_name):
-            return phase.completed and self.learns_unrounded[adapter_name]
+            return phase.fixed and phase.completed and self.is_rounded_last(adapter_name)
         return phase.fixed and not phase.completed and self.may_compensate(adapter_name)
 
     def compensate(self, adapter_name: str, moment: Tensor) -> None:
@@ -83,7 +89,6 @@ class RoundedWeight(GatedAdapters):
         if found is not None:
             quantizer, bits = found
             quantizer.compensate(self._to_round(adapter_name), bits, moment)
-            self.learns_unrounded[adapter_name] = False
 
     def _learned_weight(self, adapter_name: str) -> tuple[Quantizer, int] | None:
         """The quantizer of the weight and its width by the gates of inference, or None if none learns."""
