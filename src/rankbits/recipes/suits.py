@@ -26,11 +26,10 @@ def _start(recipe: Recipe) -> Iterator[Problem]:
     # Imported here: tasks build on numpy, which a recipe's other checks do not need.
     from rankbits import tasks
 
-    kind = tasks.get(recipe.task.name).kind
-    if kind != "regression":
+    if tasks.get(recipe.task.name).kind != "regression":
         yield Problem(
             "task.start_at_mean",
-            f"given true, expected false with task {recipe.task.name!r}: a {kind} task has no labels to take a mean of",
+            f"given true, expected false with task {recipe.task.name!r}: only labels of a regression have a mean",
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rankbits.accounting.architectures.read import Head, find_config, read_shape
@@ -67,6 +69,22 @@ def test_adapters_are_fp32_beside_any_base_and_a_trained_head_is_there_twice() -
         assert (
             weights_bytes(MINILM, LORA, settings(base=base)) == width * (base_parameters(MINILM) + head) + 4 * adapter
         )
+
+
+def test_offsets_of_codes_are_a_byte_for_each_number_of_a_weight_that_has_a_quantizer() -> None:
+    plain = MethodSpec(Method.BAYESIAN_LORA, targets=("query", "value"), sites=("weight", "input"))
+    offset = replace(plain, compensated=True)
+
+    def more(spec: MethodSpec, **changes: object) -> int:
+        return weights_bytes(MINILM, spec, settings(**changes)) - weights_bytes(MINILM, plain, settings(**changes))
+
+    assert more(offset) == 6 * 2 * 384 * 384
+    # A base in 4 bits keeps its own grid, and without a quantizer of the weight there is no code.
+    assert more(offset, base="nf4") == 0
+    beside = replace(plain, sites=("input",))
+    assert weights_bytes(MINILM, replace(beside, compensated=True), settings()) == weights_bytes(
+        MINILM, beside, settings()
+    )
 
 
 def test_indices_of_sbora_are_64_bit_integers() -> None:
