@@ -32,7 +32,7 @@ def find_neighbour(record: RunRecord, path: Path | None = None) -> tuple[RunReco
     if not stored.is_file():
         return None, f"plain LoRA's result on this work is not stored yet: {_HOW_TO_MAKE}"
     lora = RunRecord.read(stored)
-    different = differences(record.recipe, _completed(lora.recipe))
+    different = differences(_completed(record.recipe), _completed(lora.recipe))
     if different:
         listed = "; ".join(different)
         return None, f"plain LoRA's stored result is of other work ({listed}), so it is not shown: {_HOW_TO_MAKE} anew"
@@ -50,7 +50,7 @@ def differences(mine: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]
 
 
 def _completed(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A stored recipe with the keys that recipes have got since, at their defaults: what it always meant."""
+    """The recipe of a record with every key: those that it came before, or leaves out, at their defaults."""
     from pydantic import ValidationError
 
     from rankbits.recipes.schema import Recipe

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from rankbits.recipes.load import load
+from rankbits.recipes.run_folder import work_of
 from rankbits.records import DataRecord, ParameterRecord, RunRecord, ScoreRecord, TrainingRecord, recipe_hash
 
 
@@ -14,7 +15,7 @@ def finished() -> Callable[..., RunRecord]:
 
     def finished(*overrides: str) -> RunRecord:
         recipe = load("quickstart", overrides)
-        content = recipe.model_dump()
+        content = work_of(recipe)
         return RunRecord(
             name=recipe.name,
             method=recipe.method,
