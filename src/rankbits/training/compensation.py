@@ -40,8 +40,8 @@ class Compensation:
 
     Args:
         model: what is trained.
-        fixed_from: completed optimizer steps after which gates are fixed, and with them the width of each W0.
-        total_steps: optimizer steps of the whole training, after which sums are rounded.
+        fixed_from: completed optimizer steps after which gates are fixed: each W0 is rounded then, and sums at 2 bits.
+        total_steps: optimizer steps of the whole training, after which the other sums are rounded.
 
     Raises:
         ScheduleError: there are weights whose codes are to be chosen, and no steps with fixed gates, or no others.
@@ -58,8 +58,9 @@ class Compensation:
                 "have fixed gates; expected phases (warm-up, ramp, fixed) that leave some steps with fixed gates and "
                 "some before them, or rounding='nearest'"
             )
-        placements = {layer.placement_of(name) for layer, name in layers}
-        self.at = tuple(total_steps if place is Placement.MERGED else fixed_from for place in placements)
+        sums = any(layer.placement_of(name) is Placement.MERGED for layer, name in layers)
+        # Of sums as of W0 some may be rounded when their widths are known: those at 2 bits.
+        self.at = ((fixed_from, total_steps) if sums else (fixed_from,)) if layers else ()
         self.keeps = False
         self._handle: RemovableHandle | None = None
 

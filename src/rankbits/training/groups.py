@@ -1,4 +1,4 @@
-"""Optimizer groups: adapters follow the task's learning rate, gates and ranges have constant ones of their own."""
+"""Optimizer groups: adapters follow the task's learning rate, gates and ranges have rates of their own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rankbits.gates.hard_concrete import OPEN_LOGIT
 from rankbits.training.budget import CONTESTED
 from rankbits.training.schedule import GateSchedule
 from rankbits.tuners.bayesian_lora import learning_adapters
+from rankbits.tuners.bayesian_lora.config import Site
 
 GATES_IN_TURN = 6
 """Under a budget all four gates of a chain may have to close in turn, and gates that return close again."""
@@ -79,26 +80,24 @@ def parameter_groups(
         rank_rate: of the logits of rank gates, if it is another.
 
     Returns:
-        Groups named "matrices", "vectors", "gates", "rank_gates" and "ranges", without empty ones; all gates are in one
-        where they have one rate.
+        Groups named "matrices", "vectors", "gates", "rank_gates", "ranges" and "weight_ranges" (of the
+        adapted weights), without empty ones; all gates are in one where they have one rate.
     """
     gates = [p for _, _, g in learning_adapters(model) for p in g.parameters()]
     apart = rank_rate is not None and rank_rate != gate_rate
     ranked = {id(g.rank_logits) for _, _, g in learning_adapters(model)} if apart else set()
-    ranges = [
-        parameter
-        for layer, name, _ in learning_adapters(model)
-        for quantizer in layer.quantizers_of(name).values()
-        for parameter in quantizer.parameters()
-    ]
-    special = {id(p) for p in (*gates, *ranges)}
+    quantizers = [item for layer, name, _ in learning_adapters(model) for item in layer.quantizers_of(name).items()]
+    of_weights = [p for site, quantizer in quantizers if site == Site.WEIGHT.value for p in quantizer.parameters()]
+    of_others = [p for site, quantizer in quantizers if site != Site.WEIGHT.value for p in quantizer.parameters()]
+    special = {id(p) for p in (*gates, *of_weights, *of_others)}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in special]
     groups: list[dict[str, Any]] = [
         {"name": "matrices", "params": [p for p in rest if p.ndim >= 2], "lr": learning_rate, "decay": weight_decay},
         {"name": "vectors", "params": [p for p in rest if p.ndim < 2], "lr": learning_rate, "decay": 0.0},
         _gate_group("gates", [p for p in gates if id(p) not in ranked], gate_rate, rates),
         _gate_group("rank_gates", [p for p in gates if id(p) in ranked], rank_rate or gate_rate, rates),
-        {"name": "ranges", "params": ranges, "lr": rates.ranges, "decay": 0.0},
+        {"name": "ranges", "params": of_others, "lr": rates.ranges, "decay": 0.0},
+        {"name": "weight_ranges", "params": of_weights, "lr": rates.ranges, "decay": 0.0},
     ]
     for group in groups:
         group["weight_decay"] = group.pop("decay")
@@ -136,10 +135,11 @@ def optimizer_and_scheduler(
         weight_decay: of their matrices.
         decay: "linear", "cosine" or "constant".
         warmup_steps: steps in which that rate grows linearly from zero.
-        rates: constant rates of gates and ranges.
+        rates: constant rates of gates and ranges; that of the ranges of weights falls in the end.
 
     Returns:
-        The optimizer, and a scheduler under which only adapters and head decay.
+        The optimizer, and a scheduler under which adapters and head decay, and the rate of the ranges of weights falls
+        to zero over the steps with fixed gates: what was learned by then only has to settle.
     """
     rates = rates or GateRates()
     gate_rate, rank_rate = _gate_rates(schedule) if rates.gates is None else (rates.gates, rates.gates)
@@ -159,10 +159,21 @@ def optimizer_and_scheduler(
     def constant(_step: int) -> float:
         return 1.0
 
-    constant_groups = ("gates", "rank_gates", "ranges")
-    factors: list[Callable[[int], float]] = [
-        constant if group["name"] in constant_groups else task_factor for group in optimizer.param_groups
-    ]
+    def settling(step: int) -> float:
+        return decay_factor(
+            max(step - schedule.fixed_from, 0),
+            total_steps=schedule.total_steps - schedule.fixed_from,
+            warmup_steps=0,
+            decay=Decay.LINEAR,
+        )
+
+    factor_of: dict[str, Callable[[int], float]] = {
+        "gates": constant,
+        "rank_gates": constant,
+        "ranges": constant,
+        "weight_ranges": settling,
+    }
+    factors = [factor_of.get(group["name"], task_factor) for group in optimizer.param_groups]
     return optimizer, LambdaLR(optimizer, factors)
 
 

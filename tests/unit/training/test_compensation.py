@@ -44,7 +44,7 @@ def _batch(seed: int) -> Tensor:
 
 
 def _train(model: nn.Module, schedule: GateSchedule, steps: int) -> None:
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     model.train()
     for _ in range(steps):
         torch.manual_seed(schedule.completed_steps)
@@ -115,13 +115,33 @@ def test_a_sum_learns_unrounded_once_its_width_is_known_and_is_rounded_after_the
     torch.testing.assert_close(layer.train()(x), layer.eval()(x))
 
 
-def test_a_sum_at_two_bits_learns_through_the_nearest_codes() -> None:
+def test_a_sum_at_two_bits_learns_through_its_codes_from_compensated_ones_on() -> None:
     model = _model(learn_rank=False, quantizers=["weight"])
     schedule = _schedule(model, budget="bits=2")
-    _train(model, schedule, STEPS)
+    _train(model, schedule, schedule.fixed_from)
     layer, x = _layers(model)[0], _batch(9)
+    chosen = [offsets.clone() for offsets in _offsets(model)]
+    assert all(offsets.any() for offsets in chosen)
+    _train(model, schedule, STEPS - schedule.fixed_from)
     torch.testing.assert_close(layer.train()(x), layer.eval()(x))
-    assert not any(offsets.any() for offsets in _offsets(model))
+    assert all(torch.equal(offsets, before) for offsets, before in zip(_offsets(model), chosen, strict=True))
+
+
+@pytest.mark.parametrize(("placement", "budget"), [("merged", "bits=2"), ("merged", "bits=4"), ("separate", "bits=4")])
+@pytest.mark.parametrize("rows", [None, 4])
+def test_ranges_of_weights_learn_to_the_end_at_two_bits_and_no_others(
+    placement: str, budget: str, rows: int | None
+) -> None:
+    model = _model(placement=placement, weight_gradient_rows=rows)
+    schedule = _schedule(model, budget=budget)
+    _train(model, schedule, schedule.fixed_from)
+    quantizers = [layer.quantizers_of("default")["weight"] for layer in _layers(model)]
+    before = [quantizer.log_range.detach().clone() for quantizer in quantizers]
+    _train(model, schedule, 4)
+    widths = [entry.bits["weight"] for entry in summarize(model)]
+    assert min(widths) == (2 if placement == "separate" else int(budget[-1]))
+    moved = [not torch.equal(q.log_range, b) for q, b in zip(quantizers, before, strict=True)]
+    assert moved == [width == 2 for width in widths]
 
 
 @pytest.mark.parametrize("budget", ["bits=4", "bits=2"])
@@ -172,7 +192,8 @@ def test_only_the_last_training_passes_are_kept_and_only_as_long_as_they_may_be_
         if step:  # by then ranges are calibrated
             model.eval()(_batch(3))
         held.append(len(schedule.compensation.passes))
-    assert held == [*(0 for _ in range(STEPS - PASSES)), *range(1, PASSES), 0]
+    fixed_from, between = schedule.fixed_from, STEPS - PASSES - schedule.fixed_from
+    assert held == [*range(1, fixed_from), 0, *(0 for _ in range(between)), *range(1, PASSES), 0]
     model.train()(_batch(3))
     assert not schedule.compensation.passes
 
@@ -224,7 +245,7 @@ def test_hardening_merging_and_saving_keep_every_bit(tmp_path: Path, dtype: torc
     model = _model()
     model = model.to(dtype)
     schedule = _schedule(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for step in range(STEPS):
         model.train()(_batch(step).to(dtype)).square().mean().backward()
         optimizer.step()

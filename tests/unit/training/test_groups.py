@@ -26,7 +26,10 @@ def test_every_trainable_parameter_is_in_exactly_one_group(adapted) -> None:
     named = _named_groups(optimizer)
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)].rsplit(".", 1)[-1] for p in named["gates"]["params"]} == {"bit_logits", "rank_logits"}
-    assert {names[id(p)].rsplit(".", 1)[-1] for p in named["ranges"]["params"]} == {"log_range"}
+    for group, of_weights in (("ranges", False), ("weight_ranges", True)):
+        found = [names[id(p)] for p in named[group]["params"]]
+        assert found
+        assert all(name.endswith("log_range") and (".weight.log_range" in name) == of_weights for name in found)
     assert {p.ndim for p in named["matrices"]["params"]} == {2}
     assert {p.ndim for p in named["vectors"]["params"]} == {1}
 
@@ -45,6 +48,7 @@ def test_only_matrices_decay_and_only_the_task_rate_falls(adapted) -> None:
         "vectors": 0.0,
         "gates": 0.0,
         "ranges": 0.0,
+        "weight_ranges": 0.0,
     }
     assert groups["gates"]["eps"] == 1e-4
     rates = {name: [] for name in groups}
@@ -58,6 +62,8 @@ def test_only_matrices_decay_and_only_the_task_rate_falls(adapted) -> None:
     assert rates["vectors"] == pytest.approx(expected)
     assert rates["gates"] == [0.05] * 10
     assert rates["ranges"] == [0.002] * 10
+    # Gates are fixed in the last two of ten steps.
+    assert rates["weight_ranges"] == pytest.approx([0.002] * 9 + [0.001])
 
 
 def test_the_automatic_rate_just_closes_a_gate(adapted) -> None:

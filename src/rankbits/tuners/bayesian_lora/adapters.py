@@ -72,6 +72,7 @@ class GatedAdapters(AdapterLinear, ABC):
         "phase",
         "unscheduled_passes",
         "learns_unrounded",
+        "learns_weight_ranges",
         "owners",
         "readers",
         "shared_inputs",
@@ -103,6 +104,7 @@ class GatedAdapters(AdapterLinear, ABC):
         self.phase: dict[str, GatePhase] = {}
         self.unscheduled_passes: dict[str, int] = {}
         self.learns_unrounded: dict[str, bool] = {}
+        self.learns_weight_ranges: dict[str, bool] = {}
         # Held in plain dictionaries, so that copies and pickles of the whole model keep them among themselves.
         self.owners: dict[str, dict[Site, GatedAdapters]] = {}
         self.readers: dict[str, dict[Site, list[GatedAdapters]]] = {}
@@ -142,7 +144,7 @@ class GatedAdapters(AdapterLinear, ABC):
         self.weight_gradient_rows[adapter_name] = config.weight_gradient_rows
         self.phase[adapter_name] = GatePhase()
         self.unscheduled_passes[adapter_name] = 0
-        self.learns_unrounded[adapter_name] = False
+        self.learns_unrounded[adapter_name], self.learns_weight_ranges[adapter_name] = False, True
         self.operands[adapter_name] = config.operand
         self.owners[adapter_name], self.readers[adapter_name] = {}, {}
         self.shared_inputs[adapter_name], self.rounded_weights[adapter_name] = SharedResult(), Rounded()
@@ -271,8 +273,9 @@ class GatedAdapters(AdapterLinear, ABC):
     def set_phase(self, adapter_name: str, phase: GatePhase, completed_steps: int) -> None:
         """Enter a phase of the schedule; a fixed phase freezes the gates, whatever later activates the adapter.
 
-        It also fits the ranges of the weight to the widths that are now known, and freezes them; a weight that is
-        rounded last learns unrounded from then on. While gates stand, no range is trained.
+        It also fits the ranges of the weight to the widths that are now known, and freezes them unless these are 2
+        bits: where a range has three numbers, each counts. A weight that is rounded last learns unrounded from then on.
+        While gates stand, no range is trained.
         """
         before = self.phase[adapter_name]
         begins, begins_anew = phase.fixed and not before.fixed, before.fixed and not phase.fixed
@@ -287,6 +290,7 @@ class GatedAdapters(AdapterLinear, ABC):
         if (phase.fixed, phase.completed) != (before.fixed, before.completed):
             learns = phase.fixed and not phase.completed
             self.learns_unrounded[adapter_name] = learns and self.is_rounded_last(adapter_name)
+            self.learns_weight_ranges[adapter_name] = not phase.fixed or (learns and self.is_coarsest(adapter_name))
         if phase.fixed:
             self.frozen_peft_weight_names[adapter_name] = ("bayesian_lora_gates",)
         else:
@@ -298,8 +302,8 @@ class GatedAdapters(AdapterLinear, ABC):
             for site, quantizer in self.quantizers_of(adapter_name).items():
                 # While gates stand ranges follow the largest magnitude: with all bits there is next to no gradient by a
                 # range, and an optimizer that normalises it would let the range drift.
-                still = phase.stands or (phase.fixed and site == Site.WEIGHT.value)
-                quantizer.requires_grad_(not still)
+                learns = site != Site.WEIGHT.value or self.learns_weight_ranges[adapter_name]
+                quantizer.requires_grad_(learns and not phase.stands)
 
     def _weight_ranges(self, adapter_name: str) -> Tensor | None:
         quantizer = self.quantizers_of(adapter_name).get(Site.WEIGHT.value)
@@ -355,3 +359,7 @@ class GatedAdapters(AdapterLinear, ABC):
     @abstractmethod
     def is_rounded_last(self, adapter_name: str) -> bool:
         """Whether the weight, at the width it has now, is to be rounded after the last step and not before."""
+
+    @abstractmethod
+    def is_coarsest(self, adapter_name: str) -> bool:
+        """Whether the weight has learned the smallest width there is."""

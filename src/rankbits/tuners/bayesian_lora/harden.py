@@ -108,7 +108,7 @@ def _harden_layer(layer: BayesianLoraLinear, adapter_name: str, rank: int, fixed
     if adapter_name in layer.bayesian_lora_gates:
         del layer.bayesian_lora_gates[adapter_name]
     layer.frozen_peft_weight_names.pop(adapter_name, None)
-    layer.learns_unrounded[adapter_name] = False
+    layer.learns_unrounded[adapter_name] = layer.learns_weight_ranges[adapter_name] = False
 
 
 def _fix(quantizer: Quantizer, width: int) -> FixedQuantizer:

@@ -202,8 +202,7 @@ class BayesianLoraLinear(RoundedWeight):
     def _gradient_rows(self, adapter_name: str) -> int | None:
         # Not a question of whether gradients are on: a pass that will be recomputed has to draw the same numbers. And
         # squares of a gradient from some rows would hold the noise of their choice.
-        phase = self.phase[adapter_name]
-        learns = self.training and not phase.fixed and not phase.measures
+        learns = self.training and self.learns_weight_ranges[adapter_name] and not self.phase[adapter_name].measures
         return self.weight_gradient_rows[adapter_name] if learns else None
 
     def _rounded_sum(self, adapter_name: str, weight: Tensor, gates: GateValues | None) -> Tensor:

@@ -59,12 +59,15 @@ class RoundedWeight(GatedAdapters):
 
         Codes that make up for each other's errors keep doing so while the weight stands still, and W0 does; a sum moves
         as long as the update learns. At 2 bits rounding costs more than can be made up for, so that the update has to
-        learn through it.
+        learn through it, from such codes on.
         """
-        if not self.may_compensate(adapter_name) or not self._rounds_the_sum(adapter_name):
-            return False
+        merged = self._rounds_the_sum(adapter_name)
+        return merged and self.may_compensate(adapter_name) and not self.is_coarsest(adapter_name)
+
+    def is_coarsest(self, adapter_name: str) -> bool:
+        """Whether the weight has learned the smallest width there is."""
         found = self._learned_weight(adapter_name)
-        return found is not None and found[1] > BIT_WIDTHS[0]
+        return found is not None and found[1] == BIT_WIDTHS[0]
 
     def may_compensate(self, adapter_name: str) -> bool:
         """Whether the codes of the weight can make up for each other's errors."""
@@ -74,9 +77,8 @@ class RoundedWeight(GatedAdapters):
     def awaits_compensation(self, adapter_name: str) -> bool:
         """Whether now, as a phase of the schedule begins, these codes are to be chosen."""
         phase = self.phase[adapter_name]
-        if self._rounds_the_sum(adapter_name):
-            return phase.fixed and phase.completed and self.is_rounded_last(adapter_name)
-        return phase.fixed and not phase.completed and self.may_compensate(adapter_name)
+        last = self.is_rounded_last(adapter_name)
+        return phase.fixed and self.may_compensate(adapter_name) and phase.completed == last
 
     def compensate(self, adapter_name: str, moment: Tensor) -> None:
         """Round the weight, from now on, so that the outputs for these inputs move least.
