@@ -12,10 +12,15 @@ EVALUATION_ROWS = {"e2e_nlg": 256, "gsm8k": 128}
 """Rows of the test split that are scored, drawn by the hash of their content: about 22,000 tokens of either task."""
 OURS = (
     "adapter.placement=merged",
+    "adapter.rounding=compensated",
     "adapter.quantizers=[weight]",
     "adapter.granularity=group",
     f"adapter.group_size={GROUP}",
+    "adapter.weight_gradient_rows=256",
+    "gates.warmup=0.2",
+    "gates.range_learning_rate=0.01",
 )
+"""The default recipe of the encoder's study, for weights alone."""
 BUDGETS = (3.5, 3.0, 2.5)
 
 
