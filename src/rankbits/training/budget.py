@@ -164,6 +164,7 @@ class BudgetController:
         logits = self.table.read()
         if completed_steps == self.start and self.allocation is Allocation.EVIDENCE:
             limits = [budget.limit for budget in self.budgets]
+            self.table.share_evidence()
             evidence = posterior_evidence(self.table.evidence(), self.table.sites())
             self._replace(logits, decide(logits, evidence, self.costs, limits))
             return

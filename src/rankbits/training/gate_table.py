@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankbits.gates import chain, hard_concrete
+from rankbits.training.processes import Reduction, agree
 from rankbits.tuners.bayesian_lora import GatedLayer, learning_adapters
 from rankbits.tuners.bayesian_lora.config import RankGate, Site
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
@@ -122,6 +123,10 @@ class GateTable:
         widths = [g.evidence for g in self._gates() if g.bit_logits is not None]
         ranks = [g.rank_evidence for g in self._gates() if g.rank_logits is not None]
         return PerGate(_on_host(widths).reshape(-1, WIDTH_GATES), _padded(ranks))
+
+    def share_evidence(self) -> None:
+        """Sum what each process has measured on its own rows, so that all choose the same widths and ranks."""
+        agree([tensor for gates in self._gates() for tensor in (gates.evidence, gates.rank_evidence)], Reduction.SUM)
 
     @torch.no_grad()
     def set_evidence(self, evidence: PerGate) -> None:

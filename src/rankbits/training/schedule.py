@@ -13,6 +13,7 @@ from torch import nn
 
 from rankbits.accounting.budget import Budget
 from rankbits.errors import RankbitsWarning, ScheduleError
+from rankbits.quant.quantizer import Quantizer
 from rankbits.training.budget import (
     Allocation,
     BudgetController,
@@ -22,6 +23,7 @@ from rankbits.training.budget import (
     budgets_of,
 )
 from rankbits.training.compensation import Compensation
+from rankbits.training.processes import Reduction, agree
 from rankbits.training.weighting import Penalty, PenaltyOptions, PenaltyReduction, PenaltyWeighting
 from rankbits.tuners.bayesian_lora import GatedLayer, GatePhase, gated_layers, learning_adapters, summarize
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
@@ -210,6 +212,7 @@ class GateSchedule:
             self.controller.advance(self.completed_steps)
         if self.completed_steps == self.fixed_from:
             self._warn_if_all_closed()
+        self._share_ranges()
         self._enter()
         self.compensation.advance(self.completed_steps)
 
@@ -236,6 +239,18 @@ class GateSchedule:
             pressures = {(id(layer), name): (widths, ranks) for layer, name, widths, ranks in parts}
         for layer, name, _ in self._adapters():
             layer.set_phase(name, replace(phase, pressure=pressures.get((id(layer), name))), self.completed_steps)
+
+    def _share_ranges(self) -> None:
+        """Keep ranges equal in all processes where they stood still, and differently, when training began.
+
+        A data-parallel wrapper averages the gradients of what was trainable when it was made.
+        """
+        if self.penalised_steps > 0 or self.completed_steps < self.fixed_from:
+            return
+        begin = self.completed_steps == self.fixed_from
+        quantizers = [q for layer, name, _ in self._adapters() for q in layer.quantizers_of(name).values()]
+        ranges = [q.log_range for q in quantizers if isinstance(q, Quantizer)]
+        agree([r for r in ranges if begin or r.requires_grad], Reduction.MAXIMUM if begin else Reduction.MEAN)
 
     def _adapters(self) -> Iterator[tuple[GatedLayer, str, LayerGates]]:
         """What `learning_adapters` finds, without a walk through the whole model at each step."""
