@@ -46,28 +46,28 @@ def in_turn(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return taken
 
 
-def steps(modules: str, variant: str, batch: int, rounds: int, changes: tuple[str, ...]) -> dict[str, Any]:
-    """Seconds of a training step of LoRA and of one of ours, by phase."""
+def steps(modules: str, variant: str, shape: tuple[int, int], rounds: int, changes: tuple[str, ...]) -> dict[str, Any]:
+    """Seconds of a training step of LoRA and of one of ours, by phase; `shape` is rows and tokens of a batch."""
     from sides import MODULES, MOMENTS, Side, batch_of, recipe
 
-    rows = batch_of(batch)
+    rows = batch_of(*shape)
     settings = {name: recipe(name, (MODULES[modules], *changes)) for name in ("lora", variant)}
     sides = {name: Side(found, rows) for name, found in settings.items()}
     found: dict[str, Any] = {}
-    for moment in MOMENTS if variant == "q-ra" else ("sampled",):
+    for moment, completed in MOMENTS[variant].items():
         for side in sides.values():
-            side.enter(moment)
+            side.enter(moment, completed)
         found[moment] = in_turn({name: side.step for name, side in sides.items()}, rounds)
     return {"adapter": settings[variant].adapter.model_dump(), "seconds": found}
 
 
-def peak(modules: str, variant: str, batch: int, rounds: int, changes: tuple[str, ...]) -> dict[str, Any]:
+def peak(modules: str, variant: str, shape: tuple[int, int], rounds: int, changes: tuple[str, ...]) -> dict[str, Any]:
     """Largest resident bytes of a process that makes a few steps of one side in every phase."""
     from sides import MODULES, MOMENTS, Side, batch_of, recipe
 
-    side = Side(recipe(variant, (MODULES[modules], *changes)), batch_of(batch))
-    for moment in MOMENTS if variant == "q-ra" else ("sampled",):
-        side.enter(moment)
+    side = Side(recipe(variant, (MODULES[modules], *changes)), batch_of(*shape))
+    for moment, completed in MOMENTS["q-ra"].items():
+        side.enter(moment, completed)
         for _ in range(rounds):
             side.step()
     return {"peak_bytes": facts.peak_memory_bytes()}
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--modules", default="all")
     parser.add_argument("--variant", default="q-ra")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--set", action="append", default=[], help="key=value, as `rankbits train` takes it")
     given = parser.parse_args()
@@ -116,7 +117,7 @@ def main() -> None:
         found = quantizers(given.rounds)
     else:
         measure = steps if given.what == "steps" else peak
-        found = measure(given.modules, given.variant, given.batch, given.rounds, tuple(given.set))
+        found = measure(given.modules, given.variant, (given.batch, given.length), given.rounds, tuple(given.set))
     print(json.dumps({**found, "versions": facts.versions(), "machine": facts.machine()}))
 
 

@@ -28,14 +28,19 @@ MODULES = {"qkv": "adapter.targets=[query,key,value]", "all": f"adapter.targets=
 VARIANTS = {
     "lora": ("method=lora", "gates.budget=null"),
     "q-ra": (),
+    "descent": ("gates.allocation=descent",),
     "ra": ("adapter.learn_bits=false", "adapter.quantizers=null", "gates.budget=rank=4"),
 }
 TOTAL_STEPS = 10_000
-MOMENTS = {"sampled": 6_000, "fixed": 9_000}
-"""Completed steps: in the hold phase, where gates are sampled and penalised, and in the phase with fixed gates."""
+MOMENTS = {
+    "q-ra": {"standing": 500, "measuring": 1_500, "fixed": 9_000},
+    "descent": {"sampled": 6_000},
+    "ra": {"sampled": 6_000},
+}
+"""Completed steps at which each variant is timed, one for every phase that differs. Gates that are chosen by evidence
+stand, are measured for the last half of the warm-up, and are fixed; those that descend are sampled and penalised."""
 FIXED_LOGITS = (6.0, -3.0, -3.0, -3.0)
 """Of the gates of 4, 8, 16 and 32 bits in the phase with fixed gates: all tensors at 4 bits."""
-LENGTH = 128
 
 
 def recipe(variant: str, changes: tuple[str, ...] = ()) -> Recipe:
@@ -44,9 +49,9 @@ def recipe(variant: str, changes: tuple[str, ...] = ()) -> Recipe:
     return load(POINT.recipe, [*POINT.changes, *short, *changes, *VARIANTS[variant]])
 
 
-def batch_of(rows: int, vocabulary: int = 30_522) -> dict[str, Tensor]:
+def batch_of(rows: int, length: int, vocabulary: int = 30_522) -> dict[str, Tensor]:
     """Random rows of equal length, without padding."""
-    ids = torch.randint(1_000, vocabulary, (rows, LENGTH))
+    ids = torch.randint(1_000, vocabulary, (rows, length))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.rand(rows)}
 
 
@@ -76,8 +81,8 @@ class Side:
                 self.schedule, learning_rate=settings.training.learning_rate, rates=GateRates()
             )
 
-    def enter(self, moment: str) -> None:
-        """Go to a phase."""
+    def enter(self, moment: str, completed_steps: int) -> None:
+        """Go to a phase, which holds after so many steps."""
         if self.schedule is None:
             return
         if moment == "fixed":
@@ -85,7 +90,7 @@ class Side:
                 for _, _, gates in learning_adapters(self.model):
                     if gates.bit_logits is not None:
                         gates.bit_logits.copy_(torch.tensor(FIXED_LOGITS).expand_as(gates.bit_logits))
-        self.schedule.restore(MOMENTS[moment])
+        self.schedule.restore(completed_steps)
 
     def step(self) -> None:
         """Forward, backward, clipping, penalty, optimizer, learning rates, gate schedule: what the Trainer does."""

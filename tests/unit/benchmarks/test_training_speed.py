@@ -6,6 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from peft import get_peft_model
+from torch import nn
+
+from rankbits import BayesianLoraConfig, GateSchedule
 
 FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "training_speed"
 MODULES = ("run", "sides", "measure", "points")
@@ -31,22 +35,46 @@ def test_the_ratio_is_that_of_medians_and_the_quartiles_those_of_rounds(study):
 
 def test_a_broken_promise_is_named(study, capsys):
     missed = []
-    slow = {
-        "seconds": {
-            "sampled": {"lora": [1.0] * 5, "q-ra": [1.31] * 5},
-            "fixed": {"lora": [1.0] * 5, "q-ra": [1.05] * 5},
-        }
-    }
-    (case,) = [case for case in study.run.STEPS if case.label == "steps-all-q-ra"]
+    whole = {"standing": 1.5, "measuring": 3.0, "fixed": 1.05}
+    slow = {"seconds": {moment: {"lora": [1.0] * 5, "q-ra": [ratio] * 5} for moment, ratio in whole.items()}}
+    case = next(case for case in study.run.STEPS if case.label == "steps-qkv-q-ra-128")
     study.run.step_rows(case, slow, missed)
-    assert missed == ["steps-all-q-ra sampled: 1.310, at most 1.3 was promised"]
+    assert missed == ["steps-qkv-q-ra-128 run: 1.290, at most 1.2 was promised"]
+    case = next(case for case in study.run.STEPS if case.label == "steps-all-descent-128")
+    study.run.step_rows(case, {"seconds": {"sampled": {"lora": [1.0] * 5, "descent": [1.31] * 5}}}, missed)
+    assert missed[1:] == ["steps-all-descent-128 sampled: 1.310, at most 1.3 was promised"]
     taken = {"reference": [1.0] * 3, "fused": [0.1] * 3, "copy": [0.01] * 3}
     taken |= {"fused, forward": [0.05] * 3, "one width, forward": [0.02] * 3}
     study.run.kernel_rows({"seconds": {"2048 x 384": taken}}, missed)
-    assert missed[1:] == ["quantizer on 2048 x 384: 10.0 times faster, at least 12.0 were promised"]
+    assert missed[2:] == ["quantizer on 2048 x 384: 10.0 times faster, at least 12.0 were promised"]
     study.run.peak_rows({"peak-all-lora": {"peak_bytes": 100}, "peak-all-q-ra": {"peak_bytes": 131}}, missed)
-    assert missed[2:] == ["peak memory, all: 1.310, at most 1.3 was promised"]
+    assert missed[3:] == ["peak memory, all: 1.310, at most 1.3 was promised"]
     assert "| 1.310 | 1.310 to 1.310 | 1.3 |" in capsys.readouterr().out
+
+
+def test_phases_are_those_of_the_recipe_and_weighted_as_in_a_run(study):
+    gates = study.sides.recipe("q-ra").gates
+    assert (gates.warmup, gates.allocation) == (0.2, None)
+    assert sum(study.run.SHARES.values()) == pytest.approx(1.0)
+    assert study.run.SHARES["fixed"] == 1 - gates.warmup
+    assert study.run.SHARES.keys() == study.sides.MOMENTS["q-ra"].keys()
+
+
+@pytest.mark.parametrize("variant", ["q-ra", "descent", "ra"])
+def test_what_is_timed_is_the_phase_that_it_is_called_after(study, variant):
+    model = nn.Sequential(nn.Linear(64, 64))
+    adapter = {"learn_bits": False} if variant == "ra" else {"quantizers": ["weight"]}
+    model = get_peft_model(model, BayesianLoraConfig(r=4, target_modules=["0"], **adapter))
+    gates = study.sides.recipe(variant).gates
+    budget = "rank=2" if variant == "ra" else "bits=4"
+    phases = (gates.warmup, gates.ramp, gates.fixed)
+    total = study.sides.TOTAL_STEPS
+    schedule = GateSchedule(model, total, budget=budget, allocation=gates.allocation, phases=phases)
+    for moment, completed in study.sides.MOMENTS[variant].items():
+        schedule.restore(completed)
+        phase = schedule.phase()
+        found = "fixed" if phase.fixed else "measuring" if phase.measures else "standing" if phase.stands else "sampled"
+        assert found == moment
 
 
 def test_every_case_has_one_name(study):
