@@ -214,7 +214,7 @@ class GatedAdapters(AdapterLinear, ABC):
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         for name in present:
             ranges = self._weight_ranges(name)
-            if ranges is not None and self.phase[name].fixed:
+            if ranges is not None and not self.learns_weight_ranges[name]:
                 ranges.requires_grad_(False)
 
     def quantizers_of(self, adapter_name: str) -> dict[str, Quantizer | FixedQuantizer]:

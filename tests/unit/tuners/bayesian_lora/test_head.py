@@ -221,7 +221,8 @@ def test_every_parameter_of_a_head_is_in_the_group_it_belongs_to() -> None:
         assert group_of[id(head.weight)] == "matrices"
         assert group_of[id(head.bias)] == "vectors"
         assert group_of[id(head.head_gates.bit_logits)] == "gates"
-        assert {group_of[id(q.log_range)] for q in head.quantizers_of("default").values()} == {"ranges"}
+        ranges = {site: group_of[id(q.log_range)] for site, q in head.quantizers_of("default").items()}
+        assert ranges == {"weight": "weight_ranges", "input": "ranges"}
     assert len(group_of) == sum(p.requires_grad for p in model.parameters())
 
 

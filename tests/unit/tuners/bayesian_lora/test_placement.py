@@ -171,21 +171,24 @@ def test_gates_and_ranges_learn_from_some_rows_without_bias(adapt) -> None:
     assert ((draws.mean(dim=0) - exact).abs() < 4 * standard_error).all()
 
 
-def test_a_fixed_phase_fits_and_freezes_the_range_of_the_weight(mlp, rows, adapt, learn) -> None:
+@pytest.mark.parametrize(("closed", "least", "most", "learns"), [(0, 14.0, 16.0, True), (1, 10.0, 11.0, False)])
+def test_a_fixed_phase_fits_the_range_of_the_weight_and_freezes_it_unless_at_two_bits(
+    mlp, rows, adapt, learn, closed, least, most, learns
+) -> None:
     model = adapt(mlp, target_modules=["0"], quantizers=["weight"], weight_gradient_rows=2, **MERGED)
     learn(model, rows, widths=False)
     (layer,) = _only(model)
     quantizer = layer.quantizers_of("default")["weight"]
     with torch.no_grad():
-        layer.gates_of("default").bit_logits[0, :] = -3.0
-        # One weight far out: at 2 bits the grid reaches it with a range of one and a half times its size.
+        layer.gates_of("default").bit_logits[0, closed:] = -3.0
+        # One weight far out: the grid reaches it with a range of one and a half times its size at 2 bits, 15/14 at 4.
         layer.weight[0, 0] = 10.0
     layer.set_phase("default", GatePhase(fixed=True), 2)
     assert bool(quantizer.fitted)
-    assert 14.0 < quantizer.range_.item() < 16.0
-    assert not quantizer.log_range.requires_grad
+    assert least < quantizer.range_.item() < most
+    assert quantizer.log_range.requires_grad == learns
     model.set_adapter("default")
-    assert not quantizer.log_range.requires_grad
+    assert quantizer.log_range.requires_grad == learns
     fitted = quantizer.log_range.detach().clone()
     with torch.no_grad():
         layer.bayesian_lora_up["default"].add_(1.0)
