@@ -64,6 +64,8 @@ class Quantizer(Float32State):
         compensated: whether codes of a weight can be offset from the nearest ones (`compensate`).
     """
 
+    learns = True
+    """Whether the range is trained; see `let_learn`."""
     log_range: nn.Parameter
     maximum: Tensor
     passes: Tensor
@@ -127,13 +129,25 @@ class Quantizer(Float32State):
         """Whether the grid covers both sides of zero; meaningful once calibrated."""
         return self._host_state()[1]
 
+    def let_learn(self, learns: bool) -> None:
+        """Train the range from now on, or keep it.
+
+        A data-parallel wrapper averages the gradients of what was trainable when it was made. Where there are several
+        processes, a range that is kept is trainable without getting a gradient.
+        """
+        self.learns = learns
+        self.requires_grad_(learns or _has_company())
+
+    def _logarithms(self) -> Tensor:
+        return self.log_range if self.learns else self.log_range.detach()
+
     @property
     def range_(self) -> Tensor:
         """The positive ranges in the units of the tensor, float32, differentiable in `log_range`.
 
         A scalar, or of the layout's `range_shape`: it broadcasts over `layout.parts` of the tensor.
         """
-        ranges = self.log_range.exp()
+        ranges = self._logarithms().exp()
         return ranges.squeeze(0) if self.layout.granularity is Granularity.TENSOR else ranges
 
     @property
@@ -163,7 +177,7 @@ class Quantizer(Float32State):
             return False
         if self.is_calibrated:
             return True
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _has_company():
             seen = torch.cat([self.maximum.flatten(), self.seen_negative.to(torch.float32).reshape(1)])
             torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
             self.maximum.copy_(seen[:-1].reshape(self.maximum.shape))
@@ -221,6 +235,12 @@ class Quantizer(Float32State):
             best, least = torch.where(total < least, candidate, best), torch.minimum(total, least)
         self.log_range.copy_(best.log().reshape(self.log_range.shape))
 
+    def forget_fit(self) -> None:
+        """Take the nearest codes again, and let the next `fit` choose the ranges."""
+        self.fitted.fill_(False)
+        if self.offsets is not None:
+            self.offsets.zero_()
+
     @torch.no_grad()
     def compensate(self, x: Tensor, bits: int, moment: Tensor) -> None:
         """Offset the codes of a weight so that the outputs of its layer move least.
@@ -270,7 +290,7 @@ class Quantizer(Float32State):
             Tensor of the shape and dtype of `x`.
         """
         if self._passes_through(x):
-            result: Tensor = _Identity.apply(x, self.log_range, gates)  # type: ignore[no-untyped-call]
+            result: Tensor = _Identity.apply(x, self._logarithms(), gates)  # type: ignore[no-untyped-call]
             return result
         if cover:
             # Not before: a pass in which calibration ends is recomputed with the range that it has then.
@@ -336,6 +356,11 @@ class FixedQuantizer(Float32State):
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"bits={self.bits}, {'signed' if self.is_signed else 'unsigned'}"
+
+
+def _has_company() -> bool:
+    """Whether other processes train the same model."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _rounded(quantizer: Quantizer | FixedQuantizer, x: Tensor, range_: Tensor, bits: Tensor | int) -> Tensor:

@@ -159,12 +159,13 @@ class BudgetController:
 
     def advance(self, completed_steps: int) -> None:
         """Move the dual variables and the logits after an optimizer step; enforce the budgets after the last one."""
+        if self.measures(completed_steps - 1):
+            self.table.share_evidence()
         if not self.start <= completed_steps <= self.end:
             return
         logits = self.table.read()
         if completed_steps == self.start and self.allocation is Allocation.EVIDENCE:
             limits = [budget.limit for budget in self.budgets]
-            self.table.share_evidence()
             evidence = posterior_evidence(self.table.evidence(), self.table.sites())
             self._replace(logits, decide(logits, evidence, self.costs, limits))
             return

@@ -104,7 +104,8 @@ class Compensation:
     def end(self, completed_steps: int) -> None:
         """Training is over, maybe early: say so if sums were to be rounded that keep their nearest codes now."""
         self.stop()
-        if completed_steps < max(self.at, default=0):
+        waiting = [not layer.phase[name].fixed or layer.is_rounded_last(name) for layer, name in self._layers()]
+        if any(waiting) and completed_steps < max(self.at):
             warnings.warn(
                 f"training ended after {completed_steps} of {self.total_steps} steps, before the codes of weights were "
                 "chosen by rounding='compensated': they are the nearest ones",

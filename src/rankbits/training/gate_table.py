@@ -125,8 +125,11 @@ class GateTable:
         return PerGate(_on_host(widths).reshape(-1, WIDTH_GATES), _padded(ranks))
 
     def share_evidence(self) -> None:
-        """Sum what each process has measured on its own rows, so that all choose the same widths and ranks."""
-        agree([tensor for gates in self._gates() for tensor in (gates.evidence, gates.rank_evidence)], Reduction.SUM)
+        """Average what each process has measured on its own rows, so that all choose the same widths and ranks.
+
+        After every step: between steps a data-parallel wrapper may give all processes the buffers of the first.
+        """
+        agree([tensor for gates in self._gates() for tensor in (gates.evidence, gates.rank_evidence)], Reduction.MEAN)
 
     @torch.no_grad()
     def set_evidence(self, evidence: PerGate) -> None:

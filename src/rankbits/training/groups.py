@@ -80,8 +80,8 @@ def parameter_groups(
         rank_rate: of the logits of rank gates, if it is another.
 
     Returns:
-        Groups named "matrices", "vectors", "gates", "rank_gates", "ranges" and "weight_ranges" (of the
-        adapted weights), without empty ones; all gates are in one where they have one rate.
+        Groups named "matrices", "vectors", "gates", "rank_gates", "ranges" and "weight_ranges" (of
+        layers and head), without empty ones; all gates are in one where they have one rate.
     """
     gates = [p for _, _, g in learning_adapters(model) for p in g.parameters()]
     apart = rank_rate is not None and rank_rate != gate_rate

@@ -12,7 +12,6 @@ from torch import Tensor
 class Reduction(str, Enum):
     """How numbers of several processes become one."""
 
-    SUM = "sum"
     MEAN = "mean"
     MAXIMUM = "maximum"
 
@@ -28,8 +27,7 @@ def agree(tensors: Sequence[Tensor], reduction: Reduction) -> None:
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     operation = torch.distributed.ReduceOp.MAX if reduction is Reduction.MAXIMUM else torch.distributed.ReduceOp.SUM
-    # Sorted, because processes that wait for exchanges in different orders wait for ever.
-    for device in sorted({tensor.device for tensor in tensors}, key=str):
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
         some = [tensor for tensor in tensors if tensor.device == device]
         together = torch.cat([tensor.detach().reshape(-1) for tensor in some])
         torch.distributed.all_reduce(together, op=operation)

@@ -202,6 +202,9 @@ class GateSchedule:
             )
         self.completed_steps += 1
         for layer, name, gates in self._adapters():
+            if self.completed_steps == 1 and self.fixed_from > 0:
+                # Not in the constructor: a run that is resumed there has loaded what it fitted.
+                layer.forget_rounding(name)
             gates.clamp(*self.GATE_BOUNDS)
             if self.completed_steps <= self.warmup_steps:
                 layer.cover_weights(name)
@@ -241,16 +244,10 @@ class GateSchedule:
             layer.set_phase(name, replace(phase, pressure=pressures.get((id(layer), name))), self.completed_steps)
 
     def _share_ranges(self) -> None:
-        """Keep ranges equal in all processes where they stood still, and differently, when training began.
-
-        A data-parallel wrapper averages the gradients of what was trainable when it was made.
-        """
-        if self.penalised_steps > 0 or self.completed_steps < self.fixed_from:
-            return
-        begin = self.completed_steps == self.fixed_from
-        quantizers = [q for layer, name, _ in self._adapters() for q in layer.quantizers_of(name).values()]
-        ranges = [q.log_range for q in quantizers if isinstance(q, Quantizer)]
-        agree([r for r in ranges if begin or r.requires_grad], Reduction.MAXIMUM if begin else Reduction.MEAN)
+        """Let ranges that each process widened to the largest magnitudes of its own rows begin alike."""
+        if self.penalised_steps == 0 and self.completed_steps == self.fixed_from:
+            quantizers = [q for layer, name, _ in self._adapters() for q in layer.quantizers_of(name).values()]
+            agree([q.log_range for q in quantizers if isinstance(q, Quantizer)], Reduction.MAXIMUM)
 
     def _adapters(self) -> Iterator[tuple[GatedLayer, str, LayerGates]]:
         """What `learning_adapters` finds, without a walk through the whole model at each step."""

@@ -9,7 +9,7 @@ import pytest
 from peft import get_peft_model
 from torch import nn
 
-from rankbits import BayesianLoraConfig, GateSchedule
+from rankbits import BayesianLoraConfig
 
 FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "training_speed"
 MODULES = ("run", "sides", "measure", "points")
@@ -65,11 +65,9 @@ def test_what_is_timed_is_the_phase_that_it_is_called_after(study, variant):
     model = nn.Sequential(nn.Linear(64, 64))
     adapter = {"learn_bits": False} if variant == "ra" else {"quantizers": ["weight"]}
     model = get_peft_model(model, BayesianLoraConfig(r=4, target_modules=["0"], **adapter))
-    gates = study.sides.recipe(variant).gates
     budget = "rank=2" if variant == "ra" else "bits=4"
-    phases = (gates.warmup, gates.ramp, gates.fixed)
-    total = study.sides.TOTAL_STEPS
-    schedule = GateSchedule(model, total, budget=budget, allocation=gates.allocation, phases=phases)
+    gates = study.sides.recipe(variant).gates.model_copy(update={"budget": budget})
+    schedule = study.sides.schedule_of(model, gates)
     for moment, completed in study.sides.MOMENTS[variant].items():
         schedule.restore(completed)
         phase = schedule.phase()

@@ -284,10 +284,33 @@ def test_codes_of_many_processes_follow_from_the_sum_of_their_moments(monkeypatc
 def test_training_again_begins_with_the_nearest_codes_and_rounded_passes() -> None:
     model = _trained()
     schedule = _schedule(model)
-    assert not any(offsets.any() for offsets in _offsets(model))
     assert not any(layer.learns_unrounded["default"] for layer in _layers(model))
-    _train(model, schedule, STEPS)
+    _train(model, schedule, 1)
+    assert not any(offsets.any() for offsets in _offsets(model))
+    assert not any(bool(layer.quantizers_of("default")["weight"].fitted) for layer in _layers(model))
+    _train(model, schedule, STEPS - 1)
     assert all(offsets.any() for offsets in _offsets(model))
+
+
+def test_a_run_that_is_resumed_in_a_trained_model_keeps_the_codes_that_it_loaded() -> None:
+    model = _model()
+    schedule = _schedule(model, budget="bits=2")
+    _train(model, schedule, 10)
+    state = schedule.state_dict()
+    chosen = [offsets.clone() for offsets in _offsets(model)]
+    assert all(offsets.any() for offsets in chosen)
+    again = _schedule(model, budget="bits=2")
+    again.load_state_dict(state)
+    _train(model, again, 2)
+    assert all(map(torch.equal, _offsets(model), chosen))
+
+
+def test_nothing_is_said_of_a_run_that_ends_early_with_all_codes_chosen(recwarn: pytest.WarningsRecorder) -> None:
+    model = _model()
+    schedule = _schedule(model, budget="bits=2")
+    _train(model, schedule, 10)
+    schedule.compensation.end(schedule.completed_steps)
+    assert not [w for w in recwarn if "training ended" in str(w.message)]
 
 
 def test_a_hardened_layer_rounds_in_training_too() -> None:

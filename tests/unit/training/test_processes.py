@@ -1,5 +1,6 @@
 """Two processes that train one model: same widths, same ranges, same weights, though each sees other rows."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,14 +10,15 @@ import pytest
 import torch
 
 PROGRAM = """
+import json
 import sys
 import torch
 from peft import get_peft_model
 from torch import nn
-from rankbits import BayesianLoraConfig, GateSchedule
-from rankbits.tuners.bayesian_lora import summarize
+from rankbits import BayesianLoraConfig, GateSchedule, optimizer_and_scheduler
+from rankbits.tuners.bayesian_lora import learning_adapters, summarize
 
-rank, store, budget = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+rank, store, budget, steps = int(sys.argv[1]), sys.argv[2], sys.argv[3], 24
 torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 torch.manual_seed(0)
 base = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 8))
@@ -25,27 +27,39 @@ config = BayesianLoraConfig(
     quantizers=["weight", "input"], target_modules=["0", "2", "4"],
 )
 model = get_peft_model(base, config).train()
-schedule = GateSchedule(model, 24, budget=budget, phases=(0.25, 0, 0))
+schedule = GateSchedule(model, steps, budget=budget, phases=(0.25, 0, 0))
+optimizer, scheduler = optimizer_and_scheduler(schedule, learning_rate=0.01)
 # As the Trainer wraps it: gates get no gradient once they are fixed.
 wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-for step in range(24):
+gates = [gates for _, _, gates in learning_adapters(model)]
+own, used = torch.zeros(len(gates), 2, 4), None
+for step in range(steps):
     torch.manual_seed(100 * rank + step)
     x = (1 + 3 * rank) * torch.randn(16, 16)
     (wrapped(x) - x[:, :8]).square().mean().backward()
+    now = torch.stack([g.evidence for g in gates])
+    before = torch.zeros_like(now) if used is None else used
+    own += now - before
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     optimizer.step()
+    scheduler.step()
     optimizer.zero_grad()
     schedule.step()
+    used = torch.stack([g.evidence for g in gates])
 torch.distributed.destroy_process_group()
 state = {name: tensor for name, tensor in model.state_dict().items() if "maximum" not in name and "passes" not in name}
-print([entry.bits for entry in summarize(model)])
-print("\\n".join(f"{name} {tensor.double().sum().item().hex()}" for name, tensor in state.items()))
+print(json.dumps({
+    "bits": [entry.bits for entry in summarize(model)],
+    "sums": {name: tensor.double().sum().item().hex() for name, tensor in state.items()},
+    "own": own.tolist(),
+    "used": used.tolist(),
+}))
 """
 
 
 @pytest.mark.parametrize("budget", ["bits=2", "bits=4"])
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs PyTorch's gloo backend")
-def test_processes_choose_the_same_widths_and_keep_the_same_ranges(tmp_path: Path, budget: str) -> None:
+def test_processes_choose_by_the_evidence_of_all_and_stay_equal(tmp_path: Path, budget: str) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "store"), budget],
@@ -56,6 +70,15 @@ def test_processes_choose_the_same_widths_and_keep_the_same_ranges(tmp_path: Pat
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs[0][0].splitlines() == outputs[1][0].splitlines()
+    first, second = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
+    assert first["bits"] == second["bits"]
+    assert first["sums"] == second["sums"]
+    own = [torch.tensor(found["own"]) for found in (first, second)]
+    assert not torch.allclose(own[0], own[1], rtol=0.1)
+    torch.testing.assert_close(torch.tensor(first["used"]), (own[0] + own[1]) / 2, rtol=1e-4, atol=1e-12)

@@ -144,7 +144,7 @@ class GatedAdapters(AdapterLinear, ABC):
         self.weight_gradient_rows[adapter_name] = config.weight_gradient_rows
         self.phase[adapter_name] = GatePhase()
         self.unscheduled_passes[adapter_name] = 0
-        self.learns_unrounded[adapter_name], self.learns_weight_ranges[adapter_name] = False, True
+        self.learns_unrounded[adapter_name], self.learns_weight_ranges[adapter_name] = False, not config.hardened
         self.operands[adapter_name] = config.operand
         self.owners[adapter_name], self.readers[adapter_name] = {}, {}
         self.shared_inputs[adapter_name], self.rounded_weights[adapter_name] = SharedResult(), Rounded()
@@ -213,9 +213,9 @@ class GatedAdapters(AdapterLinear, ABC):
             )
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         for name in present:
-            ranges = self._weight_ranges(name)
-            if ranges is not None and not self.learns_weight_ranges[name]:
-                ranges.requires_grad_(False)
+            quantizer = self.quantizers_of(name).get(Site.WEIGHT.value)
+            if isinstance(quantizer, Quantizer) and not self.learns_weight_ranges[name] and not inference_mode:
+                quantizer.let_learn(False)
 
     def quantizers_of(self, adapter_name: str) -> dict[str, Quantizer | FixedQuantizer]:
         """The quantizers that this layer owns, by the name of their site, in the order of `Site`."""
@@ -278,15 +278,12 @@ class GatedAdapters(AdapterLinear, ABC):
         While gates stand, no range is trained.
         """
         before = self.phase[adapter_name]
-        begins, begins_anew = phase.fixed and not before.fixed, before.fixed and not phase.fixed
         self.phase[adapter_name] = phase
         if completed_steps > 0:
             self.unscheduled_passes[adapter_name] = -1
         self.bayesian_lora_steps[adapter_name].fill_(completed_steps)
-        if begins:
+        if phase.fixed and not before.fixed:
             self.fit_weight_range(adapter_name)
-        if begins_anew:
-            self.forget_offsets(adapter_name)
         if (phase.fixed, phase.completed) != (before.fixed, before.completed):
             learns = phase.fixed and not phase.completed
             self.learns_unrounded[adapter_name] = learns and self.is_rounded_last(adapter_name)
@@ -303,11 +300,8 @@ class GatedAdapters(AdapterLinear, ABC):
                 # While gates stand ranges follow the largest magnitude: with all bits there is next to no gradient by a
                 # range, and an optimizer that normalises it would let the range drift.
                 learns = site != Site.WEIGHT.value or self.learns_weight_ranges[adapter_name]
-                quantizer.requires_grad_(learns and not phase.stands)
-
-    def _weight_ranges(self, adapter_name: str) -> Tensor | None:
-        quantizer = self.quantizers_of(adapter_name).get(Site.WEIGHT.value)
-        return quantizer.log_range if isinstance(quantizer, Quantizer) else None
+                if isinstance(quantizer, Quantizer):
+                    quantizer.let_learn(learns and not phase.stands)
 
     def macs_per_row(self, adapter_name: str) -> list[int]:
         """Multiply-accumulates per row that read each tensor whose width this layer decides, in the order of `rows_of`.
@@ -353,8 +347,8 @@ class GatedAdapters(AdapterLinear, ABC):
         """Fit the ranges of what the weight's quantizer rounds to the width it has now."""
 
     @abstractmethod
-    def forget_offsets(self, adapter_name: str) -> None:
-        """Take the nearest codes for the weight again."""
+    def forget_rounding(self, adapter_name: str) -> None:
+        """Fit the ranges of the weight, and choose its codes, anew when its width is known."""
 
     @abstractmethod
     def is_rounded_last(self, adapter_name: str) -> bool:

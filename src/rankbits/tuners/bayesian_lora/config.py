@@ -67,7 +67,8 @@ class Rounding(str, Enum):
     """The nearest ones, and the update learns through them."""
     COMPENSATED = "compensated"
     """Those with which the outputs of the layer move least: W0's as soon as its width is known, and a sum's after the
-    last step, through which the update learns unrounded; a sum at 2 bits keeps the nearest ones."""
+    last step, until which the update learns unrounded. A sum at 2 bits gets them when its width is known, too, and the
+    update learns through them."""
 
 
 class RankGate(str, Enum):

@@ -168,7 +168,15 @@ class QuantizedHeadLinear(nn.Linear):
         phase = self.phase[self.adapter_name]
         gates.requires_grad_(not phase.fixed)
         gates.stands, gates.measures = phase.stands, phase.measures
-        self.head_quantizers.requires_grad_(not phase.stands)
+        for quantizer in self.quantizers_of(self.adapter_name).values():
+            if isinstance(quantizer, Quantizer):
+                quantizer.let_learn(not phase.stands)
+
+    def forget_rounding(self, adapter_name: str) -> None:
+        """Fit the range of the weight anew when its width is known."""
+        quantizer = self.quantizer_of(adapter_name, Site.WEIGHT)
+        if isinstance(quantizer, Quantizer):
+            quantizer.forget_fit()
 
     def fit_weight_range(self, adapter_name: str) -> None:
         """Fit the range of the weight to the width it has now; once."""

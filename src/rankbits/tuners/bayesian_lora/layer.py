@@ -159,7 +159,8 @@ class BayesianLoraLinear(RoundedWeight):
             return self._quantize(adapter_name, Site.WEIGHT, weight, gates)
 
         ranges = quantizer.log_range if isinstance(quantizer, Quantizer) else quantizer.fixed_range
-        moving = (ranges.requires_grad or self.weight.requires_grad) and torch.is_grad_enabled()
+        learns = isinstance(quantizer, Quantizer) and quantizer.learns and ranges.requires_grad
+        moving = (learns or self.weight.requires_grad) and torch.is_grad_enabled()
         if moving or not quantizer.is_calibrated or (gates is not None and not gates.hard):
             return make()
         decided = self.gate_of(adapter_name, Site.WEIGHT)

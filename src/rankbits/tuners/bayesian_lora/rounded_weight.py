@@ -48,11 +48,11 @@ class RoundedWeight(GatedAdapters):
             quantizer, bits = found
             quantizer.fit(self._to_round(adapter_name), bits, again=again)
 
-    def forget_offsets(self, adapter_name: str) -> None:
-        """Take the nearest codes for the weight again."""
+    def forget_rounding(self, adapter_name: str) -> None:
+        """Fit the ranges of the weight, and choose its codes, anew when its width is known."""
         quantizer = self.quantizers_of(adapter_name).get(Site.WEIGHT.value)
-        if quantizer is not None and quantizer.offsets is not None:
-            quantizer.offsets.zero_()
+        if isinstance(quantizer, Quantizer):
+            quantizer.forget_fit()
 
     def is_rounded_last(self, adapter_name: str) -> bool:
         """Whether the weight, at the width it has now, is to be rounded after the last step and not before.
