@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankbits.recipes import methods, models
 from rankbits.recipes.load import load
-from rankbits.recipes.schema import GatesSection, Recipe
+from rankbits.recipes.schema import Recipe
+from rankbits.recipes.trainer_parts import gate_schedule
 from rankbits.tasks import get
 from rankbits.training.groups import GateRates, optimizer_and_scheduler
 from rankbits.training.objective import add_regularization_gradient
@@ -55,12 +56,6 @@ def batch_of(rows: int, length: int, vocabulary: int = 30_522) -> dict[str, Tens
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.rand(rows)}
 
 
-def schedule_of(model: nn.Module, gates: GatesSection) -> GateSchedule:
-    """The gate schedule that a recipe asks for, over `TOTAL_STEPS` steps."""
-    phases = (gates.warmup, gates.ramp, gates.fixed)
-    return GateSchedule(model, TOTAL_STEPS, budget=gates.budget, allocation=gates.allocation, phases=phases)
-
-
 class Side:
     """A model in training.
 
@@ -79,8 +74,7 @@ class Side:
         self.optimizer: Any = torch.optim.AdamW(self.trained, lr=settings.training.learning_rate, weight_decay=0.0)
         self.scheduler: Any = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda _: 1.0)
         if settings.method == "bayesian-lora":
-            gates = settings.gates
-            self.schedule = schedule_of(self.model, gates)
+            self.schedule = gate_schedule(settings, self.model, TOTAL_STEPS)
             self.optimizer, self.scheduler = optimizer_and_scheduler(
                 self.schedule, learning_rate=settings.training.learning_rate, rates=GateRates()
             )

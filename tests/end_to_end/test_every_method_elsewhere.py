@@ -97,20 +97,5 @@ def test_a_fresh_process_computes_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs PyTorch's gloo backend")
-def test_two_processes_use_every_parameter_and_stay_together(tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", TRAIN, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=_environment(),
-        )
-        for rank in range(2)
-    ]
-    try:
-        answers = [process.communicate(timeout=600) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [output for output, _ in answers] == ["equal\n", "equal\n"], answers
+def test_two_processes_use_every_parameter_and_stay_together(two_processes) -> None:
+    assert two_processes(TRAIN, PYTHONWARNINGS="ignore", **_environment()) == ["equal\n", "equal\n"]

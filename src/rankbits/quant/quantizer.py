@@ -136,7 +136,7 @@ class Quantizer(Float32State):
         processes, a range that is kept is trainable without getting a gradient.
         """
         self.learns = learns
-        self.requires_grad_(learns or _has_company())
+        self.requires_grad_(learns or has_company())
 
     def _logarithms(self) -> Tensor:
         return self.log_range if self.learns else self.log_range.detach()
@@ -177,7 +177,7 @@ class Quantizer(Float32State):
             return False
         if self.is_calibrated:
             return True
-        if _has_company():
+        if has_company():
             seen = torch.cat([self.maximum.flatten(), self.seen_negative.to(torch.float32).reshape(1)])
             torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
             self.maximum.copy_(seen[:-1].reshape(self.maximum.shape))
@@ -358,7 +358,7 @@ class FixedQuantizer(Float32State):
         return f"bits={self.bits}, {'signed' if self.is_signed else 'unsigned'}"
 
 
-def _has_company() -> bool:
+def has_company() -> bool:
     """Whether other processes train the same model."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 

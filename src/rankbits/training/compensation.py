@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from rankbits.errors import RankbitsWarning, ScheduleError
+from rankbits.quant.quantizer import has_company
 from rankbits.tuners.bayesian_lora import learning_adapters
 from rankbits.tuners.bayesian_lora.config import Placement
 from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear
@@ -208,7 +209,7 @@ def _moments(model: nn.Module, layers: Sequence[tuple[BayesianLoraLinear, str]],
     finally:
         for handle in handles:
             handle.remove()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if has_company():
         for moment in moments:
             torch.distributed.all_reduce(moment)
     return moments

@@ -8,6 +8,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from rankbits.quant.quantizer import has_company
+
 
 class Reduction(str, Enum):
     """How numbers of several processes become one."""
@@ -24,7 +26,7 @@ def agree(tensors: Sequence[Tensor], reduction: Reduction) -> None:
         tensors: float32, of the same shapes and in the same order everywhere.
         reduction: how.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not has_company():
         return
     operation = torch.distributed.ReduceOp.MAX if reduction is Reduction.MAXIMUM else torch.distributed.ReduceOp.SUM
     for device in dict.fromkeys(tensor.device for tensor in tensors):

@@ -66,8 +66,8 @@ def test_what_is_timed_is_the_phase_that_it_is_called_after(study, variant):
     adapter = {"learn_bits": False} if variant == "ra" else {"quantizers": ["weight"]}
     model = get_peft_model(model, BayesianLoraConfig(r=4, target_modules=["0"], **adapter))
     budget = "rank=2" if variant == "ra" else "bits=4"
-    gates = study.sides.recipe(variant).gates.model_copy(update={"budget": budget})
-    schedule = study.sides.schedule_of(model, gates)
+    recipe = study.sides.recipe(variant, (f"gates.budget={budget}",))
+    schedule = study.sides.gate_schedule(recipe, model, study.sides.TOTAL_STEPS)
     for moment, completed in study.sides.MOMENTS[variant].items():
         schedule.restore(completed)
         phase = schedule.phase()

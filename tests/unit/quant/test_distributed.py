@@ -1,10 +1,6 @@
 """Data-parallel calibration: every process ends with the largest magnitude that any of them saw."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,21 +32,9 @@ print(json.dumps(seen))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs PyTorch's gloo backend")
-def test_the_largest_magnitude_of_all_processes_becomes_the_range(tmp_path: Path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANKBITS_COMPILE": "0"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    first, second = (json.loads(out.strip().splitlines()[-1]) for out, _ in outputs)
+def test_the_largest_magnitude_of_all_processes_becomes_the_range(two_processes):
+    outputs = two_processes(PROGRAM)
+    first, second = (json.loads(printed.strip().splitlines()[-1]) for printed in outputs)
     assert first == second
     assert first[0] == {"calibrated": True, "signed": True, "range": pytest.approx(3.0, rel=1e-6), "passes": 2}
     assert first[1] == {"calibrated": True, "signed": True, "range": pytest.approx(0.25, rel=1e-6), "passes": 1}

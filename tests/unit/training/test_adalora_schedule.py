@@ -1,9 +1,6 @@
 """AdaLoRA's ranks follow the budget, its penalty is applied once a step, and nothing is lost between two processes."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -280,21 +277,10 @@ print(list(schedule.kept().values()), [p.double().sum().item().hex() for p in mo
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs PyTorch's gloo backend")
-def test_processes_that_train_together_keep_the_same_ranks(tmp_path) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0]
-    assert sum(int(number) for number in outputs[0][0].partition("]")[0].strip("[").split(",")) == 4
+def test_processes_that_train_together_keep_the_same_ranks(two_processes) -> None:
+    first, second = two_processes(PROGRAM)
+    assert first == second
+    assert sum(int(number) for number in first.partition("]")[0].strip("[").split(",")) == 4
 
 
 def test_labels_can_be_evaluated_without_an_adapter_in_training(tmp_path) -> None:

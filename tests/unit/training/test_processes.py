@@ -1,10 +1,6 @@
 """Two processes that train one model: same widths, same ranges, same weights, though each sees other rows."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -59,24 +55,8 @@ print(json.dumps({
 
 @pytest.mark.parametrize("budget", ["bits=2", "bits=4"])
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs PyTorch's gloo backend")
-def test_processes_choose_by_the_evidence_of_all_and_stay_equal(tmp_path: Path, budget: str) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "store"), budget],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    first, second = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
+def test_processes_choose_by_the_evidence_of_all_and_stay_equal(two_processes, budget: str) -> None:
+    first, second = (json.loads(printed.splitlines()[-1]) for printed in two_processes(PROGRAM, budget))
     assert first["bits"] == second["bits"]
     assert first["sums"] == second["sums"]
     own = [torch.tensor(found["own"]) for found in (first, second)]

@@ -1,8 +1,5 @@
 """DyLoRA's rank is drawn once per optimizer step, the same everywhere, and a resumed run draws what it would have."""
 
-import os
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -161,18 +158,7 @@ print(ranks, [p.double().sum().item().hex() for p in model.parameters()])
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["frozen", "prefix"])
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs PyTorch's gloo backend")
-def test_processes_that_train_together_draw_the_same_and_stay_equal(tmp_path, mode) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "store"), mode],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0]
-    assert str([drawn_rank(4, step, 4) for step in range(6)]) in outputs[0][0]
+def test_processes_that_train_together_draw_the_same_and_stay_equal(two_processes, mode) -> None:
+    first, second = two_processes(PROGRAM, mode)
+    assert first == second
+    assert str([drawn_rank(4, step, 4) for step in range(6)]) in first

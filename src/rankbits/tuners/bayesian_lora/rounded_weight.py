@@ -61,8 +61,10 @@ class RoundedWeight(GatedAdapters):
         as long as the update learns. At 2 bits rounding costs more than can be made up for, so that the update has to
         learn through it, from such codes on.
         """
-        merged = self._rounds_the_sum(adapter_name)
-        return merged and self.may_compensate(adapter_name) and not self.is_coarsest(adapter_name)
+        if not self.may_compensate(adapter_name) or not self._rounds_the_sum(adapter_name):
+            return False
+        found = self._learned_weight(adapter_name)
+        return found is not None and found[1] > BIT_WIDTHS[0]
 
     def is_coarsest(self, adapter_name: str) -> bool:
         """Whether the weight has learned the smallest width there is."""

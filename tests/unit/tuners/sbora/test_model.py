@@ -301,21 +301,9 @@ print(json.dumps({"indices": single, "out": model(x).tolist()}))
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs PyTorch's gloo backend")
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_processes_choose_the_same_and_learn_what_one_would(tmp_path, variant) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(tmp_path / "store"), variant],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    answers = [process.communicate(timeout=180) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], answers
-    first, second = (json.loads(out.strip().splitlines()[-1]) for out, _ in answers)
+def test_two_processes_choose_the_same_and_learn_what_one_would(two_processes, variant) -> None:
+    answers = two_processes(PROGRAM, variant, PYTHONPATH=str(SOURCE))
+    first, second = (json.loads(printed.strip().splitlines()[-1]) for printed in answers)
     assert first == second
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 6)).double()
