@@ -176,15 +176,33 @@ _hand_on: Any = torch.compiler.disable(_hand_on_eagerly)
 def compensate(model: nn.Module, layers: Sequence[tuple[BayesianLoraLinear, str]], passes: Passes) -> None:
     """Round the weights of layers so that their outputs in these passes move least.
 
+    Until the last of them has its codes, all run unrounded. What a layer reads where nearest codes of few bits are run
+    before it says little about what it will read.
+
     Args:
         model: it is run in evaluation, as often as `MOMENT_BYTES` asks for; its mode stays as it was.
         layers: and the names of their adapters.
         passes: inputs of the model.
     """
-    for some in _together(layers):
-        moments = _moments(model, some, passes)
-        for (layer, name), moment in zip(some, moments, strict=True):
-            layer.compensate(name, moment)
+    with _awaiting_codes(model, layers):
+        for some in _together(layers):
+            moments = _moments(model, some, passes)
+            for (layer, name), moment in zip(some, moments, strict=True):
+                layer.compensate(name, moment)
+
+
+@contextmanager
+def _awaiting_codes(model: nn.Module, layers: Sequence[tuple[BayesianLoraLinear, str]]) -> Iterator[None]:
+    """Run these weights unrounded, and those that learn unrounded until later."""
+    later = [(x, name) for x, name, _ in learning_adapters(model) if isinstance(x, BayesianLoraLinear)]
+    waiting = [*layers, *((layer, name) for layer, name in later if layer.learns_unrounded[name])]
+    for layer, name in waiting:
+        layer.awaits_codes[name] = True
+    try:
+        yield
+    finally:
+        for layer, name in waiting:
+            layer.awaits_codes[name] = False
 
 
 def _moments(model: nn.Module, layers: Sequence[tuple[BayesianLoraLinear, str]], passes: Passes) -> list[Tensor]:

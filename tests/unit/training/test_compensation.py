@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rankbits import BayesianLoraConfig, GateSchedule, harden, summarize
 from rankbits.errors import RankbitsWarning, ScheduleError
 from rankbits.quant.codes import codes, step_at
+from rankbits.quant.compensation import compensating_offsets
 from rankbits.training import compensation
 from rankbits.training.compensation import PASSES
 from rankbits.tuners.bayesian_lora import adapted_layers
@@ -84,6 +85,29 @@ def test_what_is_evaluated_are_the_nearest_codes_of_the_sum_and_their_offsets() 
     assert quantizer.offsets.any()
     x = _batch(7)
     torch.testing.assert_close(layer(x), x @ expected.flatten(1).T + layer.bias, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("placement", "budget"), [("merged", "bits=2"), ("merged", "bits=4"), ("separate", "bits=10")])
+@pytest.mark.parametrize("moment_bytes", [compensation.MOMENT_BYTES, 1])
+def test_codes_are_chosen_for_what_a_layer_reads_where_none_before_it_is_rounded(
+    placement: str, budget: str, moment_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compensation, "MOMENT_BYTES", moment_bytes)
+    model = _model(placement=placement, learn_rank=False, quantizers=["weight"])
+    schedule = _schedule(model, budget=budget)
+    until = STEPS if (placement, budget) == ("merged", "bits=4") else schedule.fixed_from
+    _train(model, schedule, until)
+    first, second = _layers(model)
+    bits = summarize(model)[1].bits["weight"]
+    passes = torch.cat([_batch(step) for step in range(max(0, until - PASSES), until)])
+    hidden = torch.tanh(passes @ _sum(first).T + first.bias).detach()
+    quantizer = second.quantizers_of("default")["weight"]
+    step = step_at(quantizer.range_, bits).detach().expand(8, 3, 8).reshape(8, 24)
+    rounded = _sum(second) if placement == "merged" else second.weight
+    expected = compensating_offsets(rounded, step, 2 ** (bits - 1) - 1, hidden.T @ hidden)
+    assert expected.any()
+    assert torch.equal(quantizer.offsets, expected)
+    assert not any(layer.runs_unrounded("default") for layer in _layers(model))
 
 
 def test_outputs_move_less_on_rows_never_seen() -> None:

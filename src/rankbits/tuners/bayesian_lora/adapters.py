@@ -72,6 +72,7 @@ class GatedAdapters(AdapterLinear, ABC):
         "phase",
         "unscheduled_passes",
         "learns_unrounded",
+        "awaits_codes",
         "learns_weight_ranges",
         "owners",
         "readers",
@@ -104,6 +105,7 @@ class GatedAdapters(AdapterLinear, ABC):
         self.phase: dict[str, GatePhase] = {}
         self.unscheduled_passes: dict[str, int] = {}
         self.learns_unrounded: dict[str, bool] = {}
+        self.awaits_codes: dict[str, bool] = {}
         self.learns_weight_ranges: dict[str, bool] = {}
         # Held in plain dictionaries, so that copies and pickles of the whole model keep them among themselves.
         self.owners: dict[str, dict[Site, GatedAdapters]] = {}
@@ -144,7 +146,8 @@ class GatedAdapters(AdapterLinear, ABC):
         self.weight_gradient_rows[adapter_name] = config.weight_gradient_rows
         self.phase[adapter_name] = GatePhase()
         self.unscheduled_passes[adapter_name] = 0
-        self.learns_unrounded[adapter_name], self.learns_weight_ranges[adapter_name] = False, not config.hardened
+        self.learns_unrounded[adapter_name] = self.awaits_codes[adapter_name] = False
+        self.learns_weight_ranges[adapter_name] = not config.hardened
         self.operands[adapter_name] = config.operand
         self.owners[adapter_name], self.readers[adapter_name] = {}, {}
         self.shared_inputs[adapter_name], self.rounded_weights[adapter_name] = SharedResult(), Rounded()

@@ -37,8 +37,7 @@ class BayesianLoraLinear(RoundedWeight):
     ) -> Tensor:
         quantizer = self.quantizer_of(adapter_name, site)
         # What merging writes is rounded, whatever the mode.
-        unrounded = record and site is Site.WEIGHT and self.training and self.learns_unrounded[adapter_name]
-        if quantizer is None or unrounded:
+        if quantizer is None or (record and site is Site.WEIGHT and self.runs_unrounded(adapter_name)):
             return x
         if isinstance(quantizer, FixedQuantizer) or gates is None:
             return quantizer(x)  # type: ignore[no-any-return]
@@ -161,7 +160,8 @@ class BayesianLoraLinear(RoundedWeight):
         ranges = quantizer.log_range if isinstance(quantizer, Quantizer) else quantizer.fixed_range
         learns = isinstance(quantizer, Quantizer) and quantizer.learns and ranges.requires_grad
         moving = (learns or self.weight.requires_grad) and torch.is_grad_enabled()
-        if moving or not quantizer.is_calibrated or (gates is not None and not gates.hard):
+        stands = quantizer.is_calibrated and not moving and not self.awaits_codes[adapter_name]
+        if not stands or (gates is not None and not gates.hard):
             return make()
         decided = self.gate_of(adapter_name, Site.WEIGHT)
         logits = () if decided is None or decided[0].bit_logits is None else (decided[0].bit_logits,)

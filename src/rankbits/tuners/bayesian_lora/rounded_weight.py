@@ -66,6 +66,10 @@ class RoundedWeight(GatedAdapters):
         found = self._learned_weight(adapter_name)
         return found is not None and found[1] > BIT_WIDTHS[0]
 
+    def runs_unrounded(self, adapter_name: str) -> bool:
+        """Whether passes read the weight as it is, because its codes are yet to be chosen."""
+        return self.awaits_codes[adapter_name] or (self.training and self.learns_unrounded[adapter_name])
+
     def is_coarsest(self, adapter_name: str) -> bool:
         """Whether the weight has learned the smallest width there is."""
         found = self._learned_weight(adapter_name)
