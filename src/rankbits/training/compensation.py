@@ -51,7 +51,7 @@ class Compensation:
     def __init__(self, model: nn.Module, *, fixed_from: int, total_steps: int) -> None:
         self.model, self.total_steps = model, total_steps
         self.passes: deque[tuple[tuple[Any, ...], dict[str, Any]]] = deque(maxlen=PASSES)
-        layers = list(self._layers())
+        layers = list(_compensated(self.model))
         if layers and not 0 < fixed_from < total_steps:
             fixed = total_steps - min(fixed_from, total_steps)
             raise ScheduleError(
@@ -69,7 +69,7 @@ class Compensation:
         """Round what is to be rounded after so many optimizer steps, and keep passes where some will be."""
         due = []
         if completed_steps in self.at:
-            due = [(layer, name) for layer, name in self._layers() if layer.awaits_compensation(name)]
+            due = [(layer, name) for layer, name in _compensated(self.model) if layer.awaits_compensation(name)]
         for layer, name in due:
             layer.fit_weight_range(name, again=True)
         if due and not self.passes:
@@ -105,7 +105,8 @@ class Compensation:
     def end(self, completed_steps: int) -> None:
         """Training is over, maybe early: say so if sums were to be rounded that keep their nearest codes now."""
         self.stop()
-        waiting = [not layer.phase[name].fixed or layer.is_rounded_last(name) for layer, name in self._layers()]
+        layers = _compensated(self.model)
+        waiting = [not layer.phase[name].fixed or layer.is_rounded_last(name) for layer, name in layers]
         if any(waiting) and completed_steps < max(self.at):
             warnings.warn(
                 f"training ended after {completed_steps} of {self.total_steps} steps, before the codes of weights were "
@@ -142,10 +143,12 @@ class Compensation:
         if self.keeps and self.model.training and torch.is_grad_enabled():
             self.passes.append(_mapped(_copied, (args, kwargs)))
 
-    def _layers(self) -> Iterator[tuple[BayesianLoraLinear, str]]:
-        for layer, name, _ in learning_adapters(self.model):
-            if isinstance(layer, BayesianLoraLinear) and layer.may_compensate(name):
-                yield layer, name
+
+def _compensated(model: nn.Module) -> Iterator[tuple[BayesianLoraLinear, str]]:
+    """Layers, and the names of their adapters, whose weights have codes that are chosen."""
+    for layer, name, _ in learning_adapters(model):
+        if isinstance(layer, BayesianLoraLinear) and layer.may_compensate(name):
+            yield layer, name
 
 
 class _Hook:
@@ -176,8 +179,8 @@ _hand_on: Any = torch.compiler.disable(_hand_on_eagerly)
 def compensate(model: nn.Module, layers: Sequence[tuple[BayesianLoraLinear, str]], passes: Passes) -> None:
     """Round the weights of layers so that their outputs in these passes move least.
 
-    Until the last of them has its codes, all run unrounded. What a layer reads where nearest codes of few bits are run
-    before it says little about what it will read.
+    Until all have their codes they run unrounded, as do those that are rounded later: what comes through nearest codes
+    of few bits says little about what a layer is going to read.
 
     Args:
         model: it is run in evaluation, as often as `MOMENT_BYTES` asks for; its mode stays as it was.
@@ -193,9 +196,9 @@ def compensate(model: nn.Module, layers: Sequence[tuple[BayesianLoraLinear, str]
 
 @contextmanager
 def _awaiting_codes(model: nn.Module, layers: Sequence[tuple[BayesianLoraLinear, str]]) -> Iterator[None]:
-    """Run these weights unrounded, and those that learn unrounded until later."""
-    later = [(x, name) for x, name, _ in learning_adapters(model) if isinstance(x, BayesianLoraLinear)]
-    waiting = [*layers, *((layer, name) for layer, name in later if layer.learns_unrounded[name])]
+    """Run the weights of these layers unrounded, and those that are rounded later."""
+    later = [(layer, name) for layer, name in _compensated(model) if layer.learns_unrounded[name]]
+    waiting = [*layers, *later]
     for layer, name in waiting:
         layer.awaits_codes[name] = True
     try:
