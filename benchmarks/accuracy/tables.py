@@ -16,6 +16,7 @@ from points import (
     PLACEMENTS,
     POINTS,
     SEEDS,
+    TIGHT,
     VARIANTS,
     Point,
     adalora,
@@ -30,7 +31,6 @@ from points import (
 from points import rounded as rounded_point
 
 NONE = "–"
-PERMUTED_AT = 0.125
 ALLOWED_LOSS = {0.25: 0.3, 0.125: 0.7}
 ALLOWED_BYTES = {0.125: 0.15}
 SAME_COST = {0.25: "w8a8", 0.125: "w4a8", 0.09375: "w3a8", 0.0625: "w2a8"}
@@ -226,11 +226,11 @@ def allocations() -> list[str]:
     rows = []
     for task in CURVE_TASKS:
         for label, theirs in (
-            ("permuted", lambda t, s: permuted(t, PERMUTED_AT, s)),
-            ("uniform w4a8", lambda t, s: uniform(t, (4, 8), "group", s)),
+            ("permuted", lambda t, s: permuted(t, TIGHT, s)),
+            (f"uniform {SAME_COST[TIGHT]}", lambda t, s: uniform(t, UNIFORM[TIGHT], "group", s)),
         ):
-            found = pairs(task, _ours(PERMUTED_AT), theirs)
-            difference = differences(task, _ours(PERMUTED_AT), theirs)
+            found = pairs(task, _ours(TIGHT), theirs)
+            difference = differences(task, _ours(TIGHT), theirs)
             if difference is not None:
                 costs = [_percent(o.bops for o in side) for side in zip(*found, strict=True)]
                 other = spread(Sample([o.score for _, o in found]))
