@@ -32,6 +32,7 @@ class Outcome:
         weight_bits: mean width of the weights, None without quantizers.
         input_bits: mean width of the inputs, likewise.
         seconds: of training.
+        loss: mean over training.
     """
 
     score: float
@@ -42,6 +43,7 @@ class Outcome:
     weight_bits: float | None
     input_bits: float | None
     seconds: float
+    loss: float
 
 
 @cache
@@ -62,6 +64,7 @@ def outcome(name: str) -> Outcome | None:
         weight_bits=record.mean_bits("weight"),
         input_bits=record.mean_bits("input"),
         seconds=record.training.seconds,
+        loss=record.training.train_loss,
     )
 
 

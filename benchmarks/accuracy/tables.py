@@ -105,7 +105,7 @@ def _ours(budget: float, variant: str = "q-ra", placement: str = DEFAULT_PLACEME
 
 
 def claims() -> list[str]:
-    """Per budget and task: both scores, their paired difference, costs; then the mean over tasks and the verdict."""
+    """Per budget and task: both scores, their paired difference, costs; then the verdict on what is claimed."""
     head = [
         "budget",
         "task",
@@ -121,7 +121,7 @@ def claims() -> list[str]:
     ]
     rows: list[list[str]] = []
     verdicts = []
-    for budget in CLAIMED:
+    for budget in BUDGETS:
         means = []
         for task in (*MAIN_TASKS, *ONE_SEED_TASKS):
             found = pairs(task, _ours(budget), lora)
@@ -133,7 +133,7 @@ def claims() -> list[str]:
             scores = [spread(Sample([o.score for o in side])) for side in ([other for _, other in found], mine)]
             costs = [_percent(getattr(o, field) for o in mine) for field in ("bops", "weight_bytes", "whole")]
             rows.append([f"bops={budget:g}", task, *scores, interval(difference), *costs, *_learned(mine)])
-        if means:
+        if means and budget in CLAIMED:
             verdicts.append(_verdict(budget, means))
     return [*_table(head, rows), "", *verdicts]
 
@@ -232,12 +232,22 @@ def allocations() -> list[str]:
             found = pairs(task, _ours(TIGHT), theirs)
             difference = differences(task, _ours(TIGHT), theirs)
             if difference is not None:
-                costs = [_percent(o.bops for o in side) for side in zip(*found, strict=True)]
-                other = spread(Sample([o.score for _, o in found]))
-                rows.append(
-                    [task, label, spread(Sample([o.score for o, _ in found])), other, interval(difference), *costs]
+                sides = list(zip(*found, strict=True))
+                scores, losses = (
+                    [spread(Sample([getattr(o, f) for o in side])) for side in sides] for f in ("score", "loss")
                 )
-    head = ["task", "against", "learned", "other", "difference", "learned bops %", "other bops %"]
+                rows.append(
+                    [
+                        task,
+                        label,
+                        *scores,
+                        interval(difference),
+                        *losses,
+                        *(_percent(o.bops for o in side) for side in sides),
+                    ]
+                )
+    head = ["task", "against", "learned", "other", "difference"]
+    head += [f"{side} {what}" for what in ("training loss", "bops %") for side in ("learned", "other")]
     extra = [
         f"- {task}: uniform w{ALSO_UNIFORM[0]}a{ALSO_UNIFORM[1]} (1.56 % of 32-bit) {_score(point)}"
         for task in CURVE_TASKS

@@ -1,7 +1,7 @@
 """When weights get codes that make up for each other's errors, and the batches by which these are chosen.
 
-The last batches before a weight is rounded are run once more through the model as it stands, in evaluation, to see
-what its layers read.
+The last batches before weights are rounded are run once more through the model, in evaluation and with these weights
+unrounded, to see what its layers read.
 """
 
 from __future__ import annotations

@@ -358,7 +358,7 @@ def test_the_report_pairs_seeds_and_judges_the_claim(study, monkeypatch: pytest.
 
     def outcome(name):
         score = scores.get(name)
-        return None if score is None else outcomes.Outcome(score, 0.06, 0.14, 0.2, 4.0, 4.0, 8.0, 60.0)
+        return None if score is None else outcomes.Outcome(score, 0.06, 0.14, 0.2, 4.0, 4.0, 8.0, 60.0, 0.5)
 
     monkeypatch.setattr(tables, "outcome", outcome)
     text = "\n".join(tables.claims())
@@ -367,11 +367,27 @@ def test_the_report_pairs_seeds_and_judges_the_claim(study, monkeypatch: pytest.
     assert "- bops=0.125: mean over tasks -1.00 points, allowed -0.7: not met." in text
 
 
+def test_learned_widths_are_compared_where_permuted_and_uniform_ones_are_run(study, monkeypatch) -> None:
+    tables, points, outcomes = study.load("tables"), study.load("points"), study.load("outcomes")
+    names = {point.name for point in points.POINTS}
+
+    def outcome(name):
+        return outcomes.Outcome(80.0, 0.0156, 0.14, 0.2, 4.0, 4.0, 8.0, 60.0, 0.5) if name in names else None
+
+    monkeypatch.setattr(tables, "outcome", outcome)
+    text = "\n".join(tables.allocations())
+    for task in points.CURVE_TASKS:
+        for other in ("permuted", "uniform w2a8"):
+            assert f"| {task} | {other} | 80.00 ± 0.00 | 80.00 ± 0.00 | +0.00 [+0.00, +0.00] | 0.50 ± 0.00 |" in text
+
+
 def test_what_is_won_back_is_the_share_of_what_rounding_loses(study, monkeypatch: pytest.MonkeyPatch) -> None:
     tables, points, outcomes = study.load("tables"), study.load("points"), study.load("outcomes")
     scores = {points.lora("stsb", 42).name: 85.0, points.learned("stsb", "q-ra", "merged", 0.125, 42).name: 84.75}
     monkeypatch.setattr(
-        tables, "outcome", lambda name: outcomes.Outcome(scores[name], 1, 1, 1, 8, 4, 8, 1) if name in scores else None
+        tables,
+        "outcome",
+        lambda name: outcomes.Outcome(scores[name], 1, 1, 1, 8, 4, 8, 1, 1) if name in scores else None,
     )
     entries = {
         "schemes": [

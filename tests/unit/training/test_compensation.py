@@ -87,10 +87,18 @@ def test_what_is_evaluated_are_the_nearest_codes_of_the_sum_and_their_offsets() 
     torch.testing.assert_close(layer(x), x @ expected.flatten(1).T + layer.bias, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("placement", "budget"), [("merged", "bits=2"), ("merged", "bits=4"), ("separate", "bits=10")])
+@pytest.mark.parametrize(
+    ("placement", "budget", "widths"),
+    [
+        ("merged", "bits=2", [2, 2]),
+        ("merged", "bits=4", [4, 4]),
+        ("merged", "bits=3.4", [4, 2]),  # the first learns unrounded, and is rounded after the second
+        ("separate", "bits=10", None),
+    ],
+)
 @pytest.mark.parametrize("moment_bytes", [compensation.MOMENT_BYTES, 1])
 def test_codes_are_chosen_for_what_a_layer_reads_where_none_before_it_is_rounded(
-    placement: str, budget: str, moment_bytes: int, monkeypatch: pytest.MonkeyPatch
+    placement: str, budget: str, widths: list[int] | None, moment_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compensation, "MOMENT_BYTES", moment_bytes)
     model = _model(placement=placement, learn_rank=False, quantizers=["weight"])
@@ -98,7 +106,9 @@ def test_codes_are_chosen_for_what_a_layer_reads_where_none_before_it_is_rounded
     until = STEPS if (placement, budget) == ("merged", "bits=4") else schedule.fixed_from
     _train(model, schedule, until)
     first, second = _layers(model)
-    bits = summarize(model)[1].bits["weight"]
+    found = [entry.bits["weight"] for entry in summarize(model)]
+    assert widths is None or found == widths
+    bits = found[1]
     passes = torch.cat([_batch(step) for step in range(max(0, until - PASSES), until)])
     hidden = torch.tanh(passes @ _sum(first).T + first.bias).detach()
     quantizer = second.quantizers_of("default")["weight"]
@@ -107,7 +117,10 @@ def test_codes_are_chosen_for_what_a_layer_reads_where_none_before_it_is_rounded
     expected = compensating_offsets(rounded, step, 2 ** (bits - 1) - 1, hidden.T @ hidden)
     assert expected.any()
     assert torch.equal(quantizer.offsets, expected)
-    assert not any(layer.runs_unrounded("default") for layer in _layers(model))
+    model.eval()
+    for layer in (first, second):  # what was run unrounded before is rounded from now on
+        x = torch.randn(4, layer.in_features)
+        torch.testing.assert_close(layer(x), x @ layer.merged_weight("default", layer.weight).T + layer.bias)
 
 
 def test_outputs_move_less_on_rows_never_seen() -> None:
