@@ -14,6 +14,8 @@ from pathlib import Path
 from points import POINTS, Point
 from scratch import claimed, is_running, log_file, result_file
 
+from rankbits.tasks.loading import DATA_VARIABLE
+
 BUSY, FAILED = 75, 1
 WAIT_SECONDS = 20
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -33,6 +35,16 @@ def is_done(name: str) -> bool:
 def may_start(point: Point) -> bool:
     """Whether a point lacks its result and has what it is made from."""
     return not is_done(point.name) and (point.source is None or is_done(point.source))
+
+
+def lacking(points: Sequence[Point]) -> str | None:
+    """What is wrong with where the data of unfinished points should be; None if it is there."""
+    tasks = sorted({point.task for point in points if not is_done(point.name)})
+    folder = os.environ.get(DATA_VARIABLE)
+    if not folder:
+        return f"{DATA_VARIABLE} is not set; it should name a folder that holds {', '.join(tasks)}" if tasks else None
+    missing = [task for task in tasks if not (Path(folder) / task).is_dir()]
+    return f"{DATA_VARIABLE}={folder} holds no {', no '.join(missing)}" if missing else None
 
 
 def start(point: Point, threads: int) -> int:
@@ -127,7 +139,12 @@ def main() -> int:
 
         print(report())
         return 0
-    failed = work_through(chosen(options.only), options.threads)
+    points = chosen(options.only)
+    if not points:
+        parser.error(f"no point matches {options.only!r}; --list shows their names")
+    if complaint := lacking(points):
+        parser.error(complaint)
+    failed = work_through(points, options.threads)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return FAILED if failed else 0

@@ -188,11 +188,13 @@ def main() -> int:
     if not given.table:
         if not os.environ.get(DATA_VARIABLE):
             parser.error(f"{DATA_VARIABLE} is not set; it should name a folder that holds gsm8k/ and e2e_nlg/")
+        points = [point for point in POINTS if given.only in point.name]
+        if not points:
+            parser.error(f"no point's name contains {given.only!r}; --list shows their names")
         torch.set_num_threads(given.threads)
         warnings.simplefilter("ignore", FutureWarning)
-        for point in POINTS:
-            if given.only in point.name:
-                work(point, given.scratch)
+        for point in points:
+            work(point, given.scratch)
     print("\n".join(table()))
     return 0
 

@@ -119,10 +119,13 @@ def main() -> int:
     if not given.table:
         if not os.environ.get(DATA_VARIABLE):
             parser.error(f"{DATA_VARIABLE} is not set; it should name a folder that holds stsb/ and e2e_nlg/")
+        points = [point for point in POINTS if fnmatch(point.name, f"*{given.only}*")]
+        if not points:
+            parser.error(f"no point matches {given.only!r}; --list shows their names")
         torch.set_num_threads(given.threads)
         warnings.simplefilter("ignore")
-        for point in POINTS:
-            if fnmatch(point.name, f"*{given.only}*") and not path_of(point).is_file():
+        for point in points:
+            if not path_of(point).is_file():
                 print(point.name, flush=True)
                 work(point, given.scratch)
     text, failed = verdict()

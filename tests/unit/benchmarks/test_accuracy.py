@@ -147,6 +147,36 @@ def test_what_only_others_hold_is_waited_for(study, monkeypatch: pytest.MonkeyPa
     assert waits == [run.WAIT_SECONDS]
 
 
+@pytest.mark.parametrize(
+    ("data", "arguments", "complaint"),
+    [
+        (None, ["--only", "stsb-lora-*"], "RANKBITS_DATA is not set; it should name a folder that holds stsb"),
+        (".", ["--only", "lora-seed42"], "holds no cola, no mrpc, no rte, no sst2"),
+        (".", ["--only", "no-such-point"], "no point matches 'no-such-point'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_at_once(study, monkeypatch, tmp_path, capsys, data, arguments, complaint) -> None:
+    run = study.load("run")
+    (tmp_path / "stsb").mkdir()
+    monkeypatch.delenv("RANKBITS_DATA", raising=False)
+    if data:
+        monkeypatch.setenv("RANKBITS_DATA", str(tmp_path / data))
+    monkeypatch.setattr(run, "start", lambda point, threads: pytest.fail("started"))
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_finished_points_need_no_data(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, points = study.load("run"), study.load("points")
+    monkeypatch.delenv("RANKBITS_DATA", raising=False)
+    (study.results / f"{points.lora('stsb', 42).name}.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "stsb-lora-seed42"])
+    assert run.main() == 0
+
+
 HOLD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
