@@ -155,7 +155,7 @@ def test_what_only_others_hold_is_waited_for(study, monkeypatch: pytest.MonkeyPa
         (".", ["--only", "no-such-point"], "no point matches 'no-such-point'"),
     ],
 )
-def test_what_cannot_be_run_is_refused_at_once(study, monkeypatch, tmp_path, capsys, data, arguments, complaint) -> None:
+def test_what_cannot_run_is_refused_at_once(study, monkeypatch, tmp_path, capsys, data, arguments, complaint) -> None:
     run = study.load("run")
     (tmp_path / "stsb").mkdir()
     monkeypatch.delenv("RANKBITS_DATA", raising=False)
