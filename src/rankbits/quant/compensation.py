@@ -36,16 +36,22 @@ def compensating_offsets(weight: Tensor, step: Tensor, largest: int, moment: Ten
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
     values = weight.detach().to(dtype)
     steps = step.detach().to(dtype).expand_as(values)
-    nearest = _codes(values, steps, largest)
     second = moment.to(weight.device, dtype)
     if not bool(torch.isfinite(second).all()) or float(second.diagonal().sum()) <= 0.0:
         return torch.zeros_like(weight, dtype=torch.int8)
     chosen = _compensated_codes(values, steps, largest, second)
-    whole = torch.round(values / steps)
+
+    def codes_with(offsets: Tensor) -> Tensor:
+        # As it will run, in the dtype of the weight.
+        return _codes(weight.detach() + offsets * step, step, largest).to(dtype)
+
+    nearest = codes_with(torch.zeros_like(weight))
     # Of numbers beyond the grid, too, the code that is chosen must be what comes out.
-    offsets = torch.where(chosen == nearest, 0.0, chosen - whole).clamp(-LARGEST_OFFSET, LARGEST_OFFSET)
-    before = nearest * steps - values
-    after = torch.clamp(whole + offsets, -largest, largest) * steps - values
+    offsets = (chosen - torch.round(values / steps)).to(weight.dtype)
+    # Halfway between two codes it may be the one or the other, whichever way the dtype rounds.
+    offsets += (chosen - codes_with(offsets)).to(weight.dtype)
+    offsets = torch.where(chosen == nearest, 0.0, offsets).clamp(-LARGEST_OFFSET, LARGEST_OFFSET)
+    before, after = (codes * steps - values for codes in (nearest, codes_with(offsets)))
     gains = ((after @ second) * after).sum(dim=1) < ((before @ second) * before).sum(dim=1)  # [out_features]
     return torch.where(gains[:, None], offsets, 0.0).to(torch.int8)
 

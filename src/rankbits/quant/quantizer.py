@@ -24,8 +24,11 @@ from rankbits.quant.grid import (
     compute_dtype,
 )
 
-FIT_FACTORS = tuple(1.0 - step / 30.0 for step in range(24))
-"""Ranges that `fit` tries, in units of the one whose grid just reaches the largest magnitude: down to 0.23."""
+FIT_FACTORS = tuple(1.0 - step / 31.0 for step in range(24))
+"""Ranges that `fit` tries, in units of the one whose grid just reaches the largest magnitude: down to 0.26.
+
+In thirtieths, the best ones would leave the largest number halfway between two codes (2/3 at 2 bits, 14/15 at 4).
+"""
 FITTED_BITS = 4
 """The widest grid on which clipping the largest values can round the others that much better."""
 RANGE_FLOOR = 1e-8
