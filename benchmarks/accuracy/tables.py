@@ -222,15 +222,15 @@ def won_back() -> list[str]:
 
 
 def allocations() -> list[str]:
-    """Learned minus permuted and minus uniform, paired by seed; single seeds at the other widths."""
+    """Learned minus permuted and minus uniform, paired by seed; single seeds at other widths of the same cost."""
+    others: list[tuple[str, float, Make]] = [("permuted", TIGHT, lambda t, s: permuted(t, TIGHT, s))]
+    for budget, widths in UNIFORM.items():
+        others.append((f"uniform {SAME_COST[budget]}", budget, lambda t, s, w=widths: uniform(t, w, "group", s)))
     rows = []
     for task in CURVE_TASKS:
-        for label, theirs in (
-            ("permuted", lambda t, s: permuted(t, TIGHT, s)),
-            (f"uniform {SAME_COST[TIGHT]}", lambda t, s: uniform(t, UNIFORM[TIGHT], "group", s)),
-        ):
-            found = pairs(task, _ours(TIGHT), theirs)
-            difference = differences(task, _ours(TIGHT), theirs)
+        for label, budget, theirs in others:
+            found = pairs(task, _ours(budget), theirs)
+            difference = differences(task, _ours(budget), theirs)
             if difference is not None:
                 sides = list(zip(*found, strict=True))
                 scores, losses = (

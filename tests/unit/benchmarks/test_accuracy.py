@@ -407,7 +407,7 @@ def test_learned_widths_are_compared_where_permuted_and_uniform_ones_are_run(stu
     monkeypatch.setattr(tables, "outcome", outcome)
     text = "\n".join(tables.allocations())
     for task in points.CURVE_TASKS:
-        for other in ("permuted", "uniform w2a8"):
+        for other in ("permuted", "uniform w2a8", "uniform w4a8"):
             assert f"| {task} | {other} | 80.00 ± 0.00 | 80.00 ± 0.00 | +0.00 [+0.00, +0.00] | 0.50 ± 0.00 |" in text
 
 
