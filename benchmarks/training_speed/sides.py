@@ -30,7 +30,7 @@ VARIANTS = {
     "lora": ("method=lora", "gates.budget=null"),
     "q-ra": (),
     "descent": ("gates.allocation=descent",),
-    "ra": ("adapter.learn_bits=false", "adapter.quantizers=null", "gates.budget=rank=4"),
+    "ra": ("adapter.learn_bits=false", "adapter.quantizers=null", "adapter.rounding=nearest", "gates.budget=rank=4"),
 }
 TOTAL_STEPS = 10_000
 MOMENTS = {

@@ -75,6 +75,16 @@ def test_what_is_timed_is_the_phase_that_it_is_called_after(study, variant):
         assert found == moment
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("variant", ["lora", "q-ra", "descent", "ra"])
+def test_every_variant_can_make_a_step(study, variant):
+    sides = study.sides
+    side = sides.Side(sides.recipe(variant, (sides.MODULES["qkv"],)), sides.batch_of(2, 8))
+    before = [parameter.detach().clone() for parameter in side.trained]
+    side.step()
+    assert any(not now.equal(then) for now, then in zip(side.trained, before, strict=True))
+
+
 def test_every_case_has_one_name(study):
     labels = [case.label for case in study.run.CASES]
     assert len(set(labels)) == len(labels)
