@@ -42,15 +42,13 @@ def compensating_offsets(weight: Tensor, step: Tensor, largest: int, moment: Ten
     chosen = _compensated_codes(values, steps, largest, second)
 
     def codes_with(offsets: Tensor) -> Tensor:
-        # As it will run, in the dtype of the weight.
+        # As it will run, in the dtype of the weight, which may break a tie the other way.
         return _codes(weight.detach() + offsets * step, step, largest).to(dtype)
 
     nearest = codes_with(torch.zeros_like(weight))
     # Of numbers beyond the grid, too, the code that is chosen must be what comes out.
-    offsets = (chosen - torch.round(values / steps)).to(weight.dtype)
-    # Halfway between two codes it may be the one or the other, whichever way the dtype rounds.
-    offsets += (chosen - codes_with(offsets)).to(weight.dtype)
-    offsets = torch.where(chosen == nearest, 0.0, offsets).clamp(-LARGEST_OFFSET, LARGEST_OFFSET)
+    offsets = torch.where(chosen == nearest, 0.0, chosen - torch.round(values / steps)).to(weight.dtype)
+    offsets = offsets.clamp(-LARGEST_OFFSET, LARGEST_OFFSET)
     before, after = (codes * steps - values for codes in (nearest, codes_with(offsets)))
     gains = ((after @ second) * after).sum(dim=1) < ((before @ second) * before).sum(dim=1)  # [out_features]
     return torch.where(gains[:, None], offsets, 0.0).to(torch.int8)

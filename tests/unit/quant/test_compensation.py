@@ -138,7 +138,7 @@ def test_of_numbers_halfway_between_two_codes_that_is_judged_which_runs(largest:
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_fitted_ranges_leave_no_number_halfway_between_two_codes(bits: int) -> None:
+def test_fitted_ranges_leave_no_largest_number_halfway_between_two_codes(bits: int) -> None:
     generator = torch.Generator().manual_seed(bits)
     weight = torch.randn(256, 64, generator=generator)
     quantizer = Quantizer(calibration_passes=0, layout=RangeLayout(Granularity.GROUP, 16), shape=(256, 64))
