@@ -186,11 +186,11 @@ def main() -> int:
         print("\n".join(f"{'x' if (RESULTS / f'{p.name}.json').is_file() else ' '} {p.name}" for p in POINTS))
         return 0
     if not given.table:
-        if not os.environ.get(DATA_VARIABLE):
-            parser.error(f"{DATA_VARIABLE} is not set; it should name a folder that holds gsm8k/ and e2e_nlg/")
         points = [point for point in POINTS if given.only in point.name]
         if not points:
             parser.error(f"no point's name contains {given.only!r}; --list shows their names")
+        if not os.environ.get(DATA_VARIABLE):
+            parser.error(f"{DATA_VARIABLE} is not set; it should name a folder that holds gsm8k/ and e2e_nlg/")
         torch.set_num_threads(given.threads)
         warnings.simplefilter("ignore", FutureWarning)
         for point in points:

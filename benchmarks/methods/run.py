@@ -117,11 +117,11 @@ def main() -> int:
         print("\n".join(f"{'x' if path_of(point).is_file() else ' '} {point.name}" for point in POINTS))
         return 0
     if not given.table:
-        if not os.environ.get(DATA_VARIABLE):
-            parser.error(f"{DATA_VARIABLE} is not set; it should name a folder that holds stsb/ and e2e_nlg/")
         points = [point for point in POINTS if fnmatch(point.name, f"*{given.only}*")]
         if not points:
             parser.error(f"no point matches {given.only!r}; --list shows their names")
+        if not os.environ.get(DATA_VARIABLE):
+            parser.error(f"{DATA_VARIABLE} is not set; it should name a folder that holds stsb/ and e2e_nlg/")
         torch.set_num_threads(given.threads)
         warnings.simplefilter("ignore")
         for point in points:
