@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from points import EVALUATION_ROWS, GROUP, POINTS, STEPS, TASKS, Rounded, Trained, lora
+from points import EVALUATION_ROWS, POINTS, STEPS, TASKS, Rounded, Trained, lora
 from rounding import round_model, stored_bytes
 from torch import nn
 from torch.utils.data import DataLoader
@@ -68,8 +68,10 @@ def train(point: Trained, scratch: Path) -> RunRecord:
 
 
 def round_and_score(point: Rounded, scratch: Path) -> dict[str, Any]:
-    """The scores of the merged LoRA model with rounded weights."""
+    """The scores of the merged LoRA model with rounded weights; it is trained again where its folder is gone."""
     task, source = tasks.get(point.task), scratch / lora(point.task).name
+    if not (source / "record.json").is_file():
+        train(lora(point.task), scratch)
     recorded = json.loads((source / "record.json").read_text(encoding="utf-8"))
     folder = str(data_folder(point.task, scratch))
     data = tasks.load(task, data=folder, train_rows=None, evaluate_on="validation", seed=0)
@@ -82,7 +84,7 @@ def round_and_score(point: Rounded, scratch: Path) -> dict[str, Any]:
         name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"
     }
     weights = sum(layer.weight.numel() for layer in layers.values())
-    widths = {} if point.bits is None else round_model(layers, point.bits, GROUP)
+    widths = {} if point.bits is None else round_model(layers, point.bits, point.group)
     mean = sum(width * layers[name].weight.numel() for name, width in widths.items()) / weights if widths else 32.0
     return {
         "name": point.name,
@@ -92,7 +94,7 @@ def round_and_score(point: Rounded, scratch: Path) -> dict[str, Any]:
         "scores": score(model, task, data),
         "mean_bits": mean,
         "bits": widths,
-        "weight_bytes": stored_bytes(weights, mean, GROUP) if widths else 4 * weights,
+        "weight_bytes": stored_bytes(weights, mean, point.group) if widths else 4 * weights,
         "versions": facts.versions(),
         "machine": facts.machine(),
     }
@@ -163,7 +165,8 @@ def _size(result: dict[str, Any]) -> tuple[float, float]:
     widths = {module["name"]: module["bits"].get("weight", 32) for module in result["modules"]}
     weights = sum(counts[name] for name in widths)
     mean = sum(counts[name] * bits for name, bits in widths.items()) / weights
-    return mean, 4 * weights if mean == 32 else stored_bytes(weights, mean, GROUP)
+    group = result["recipe"]["adapter"]["group_size"]
+    return mean, 4 * weights if mean == 32 else stored_bytes(weights, mean, group)
 
 
 def _loss(result: dict[str, Any]) -> float:
@@ -171,6 +174,12 @@ def _loss(result: dict[str, Any]) -> float:
     if isinstance(scores, dict):
         return float(scores["loss"])
     return float(next(entry["value"] for entry in scores if entry["metric"] == "loss"))
+
+
+def chosen(text: str) -> list[Trained | Rounded]:
+    """The point of this name, or else all whose names contain it."""
+    named = [point for point in POINTS if point.name == text]
+    return named or [point for point in POINTS if text in point.name]
 
 
 def main() -> int:
@@ -186,7 +195,7 @@ def main() -> int:
         print("\n".join(f"{'x' if (RESULTS / f'{p.name}.json').is_file() else ' '} {p.name}" for p in POINTS))
         return 0
     if not given.table:
-        points = [point for point in POINTS if given.only in point.name]
+        points = chosen(given.only)
         if not points:
             parser.error(f"no point's name contains {given.only!r}; --list shows their names")
         if not os.environ.get(DATA_VARIABLE):

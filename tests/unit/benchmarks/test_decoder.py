@@ -1,0 +1,41 @@
+"""The points of benchmarks/decoder and what they are called; nothing is trained."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from rankbits.recipes.load import load
+
+FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "decoder"
+MODULES = ("points", "rounding", "run")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch):
+    """The benchmark's command as a module, imported afresh."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    for module in MODULES:
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    yield importlib.import_module("run")
+    for module in MODULES:
+        sys.modules.pop(module, None)
+
+
+def test_a_name_means_its_own_point_though_others_contain_it(run) -> None:
+    assert [point.name for point in run.chosen("e2e_nlg-ptq-bits3")] == ["e2e_nlg-ptq-bits3"]
+    part = {point.name for point in run.chosen("nlg-ptq-bits3")}
+    assert part == {f"e2e_nlg-ptq-bits{bits}" for bits in ("3", "3.5", "3.5-group32", "3-group32")}
+    assert run.chosen("no-such-point") == []
+
+
+def test_names_are_unique_and_say_the_group_and_the_budget_of_the_recipe(run) -> None:
+    names = [point.name for point in run.POINTS]
+    assert len(set(names)) == len(names)
+    fitted = [p for p in run.POINTS if isinstance(p, run.Trained) and "bayesian-lora" in p.name]
+    assert len(fitted) == 12
+    for point in fitted:
+        recipe = load(f"{point.task}-smollm2", list(point.overrides))
+        size = "" if recipe.adapter.group_size == 64 else f"-group{recipe.adapter.group_size}"
+        assert point.name == f"{point.task}-bayesian-lora-{recipe.gates.budget.replace('=', '')}{size}"
