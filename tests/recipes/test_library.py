@@ -55,7 +55,8 @@ def test_the_library_holds_the_quickstart_glue_for_both_encoders_the_decoder_and
     glue = {f"glue/{model}/{task}" for model in MODELS for task in GLUE}
     glue |= {f"glue/minilm-budget/{task}" for task in BUDGET} | {f"glue/minilm-paper/{task}" for task in LETTER}
     methods = {f"methods/{name}" for name in method_names()}
-    assert set(shipped.names()) == {"quickstart", *glue, *methods, *(f"{task}-smollm2" for task in DECODER)}
+    decoder = {f"{task}-smollm2{kind}" for task in DECODER for kind in ("", "-budget")}
+    assert set(shipped.names()) == {"quickstart", *glue, *methods, *decoder}
 
 
 @pytest.mark.parametrize("task", BUDGET)
@@ -90,6 +91,15 @@ def test_the_decoder_s_recipes_adapt_all_linear_layers_in_few_steps(task: str):
     assert (recipe.model, recipe.task.name, recipe.adapter.targets) == ("smollm2", task, "all-linear")
     assert recipe.training.max_steps <= 120
     assert recipe.adapter.modules_to_save is None, "the head is the word list"
+
+
+@pytest.mark.parametrize("task", DECODER)
+def test_the_decoder_s_budget_changes_gates_and_quantizers_alone(task: str):
+    plain, budget = load(f"{task}-smollm2"), load(f"{task}-smollm2-budget")
+    assert (plain.task, plain.training) == (budget.task, budget.training)
+    assert budget.gates.budget == "bits=3.5"
+    same = ("r", "alpha", "targets", "modules_to_save")
+    assert [getattr(plain.adapter, key) for key in same] == [getattr(budget.adapter, key) for key in same]
 
 
 @pytest.mark.parametrize("base", shipped.bases())

@@ -39,3 +39,12 @@ def test_names_are_unique_and_say_the_group_and_the_budget_of_the_recipe(run) ->
         recipe = load(f"{point.task}-smollm2", list(point.overrides))
         size = "" if recipe.adapter.group_size == 64 else f"-group{recipe.adapter.group_size}"
         assert point.name == f"{point.task}-bayesian-lora-{recipe.gates.budget.replace('=', '')}{size}"
+
+
+@pytest.mark.parametrize("task", ["e2e_nlg", "gsm8k"])
+def test_the_shipped_recipe_is_the_one_whose_results_are_stored(run, task) -> None:
+    (point,) = run.chosen(f"{task}-bayesian-lora-bits3.5-group32")
+    studied = load(f"{task}-smollm2", [*point.overrides, f"training.max_steps={run.STEPS}"])
+    shipped = load(f"{task}-smollm2-budget")
+    for section in ("model", "method", "task", "adapter", "gates", "training"):
+        assert getattr(shipped, section) == getattr(studied, section)
