@@ -1,6 +1,5 @@
 """The study of benchmarks/accuracy: points, claims, rounding, allocations and tables, without any training."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -16,21 +15,16 @@ from rankbits.recipes.load import load
 from rankbits.tuners.bayesian_lora import BayesianLoraConfig, summarize
 
 FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "accuracy"
-MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
 @pytest.fixture
-def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The study's modules, imported afresh, with results and scratch in a temporary folder."""
-    monkeypatch.syspath_prepend(str(FOLDER))
+def study(modules_of, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The study's modules with results and scratch in a temporary folder."""
+    load = modules_of("accuracy")
     monkeypatch.setenv("RANKBITS_SCRATCH", str(tmp_path / "scratch"))
-    for name in MODULES:
-        sys.modules.pop(name, None)
     (tmp_path / "results").mkdir()
-    monkeypatch.setattr(importlib.import_module("scratch"), "RESULTS", tmp_path / "results")
-    yield SimpleNamespace(load=importlib.import_module, results=tmp_path / "results")
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    monkeypatch.setattr(load("scratch"), "RESULTS", tmp_path / "results")
+    return SimpleNamespace(load=load, results=tmp_path / "results")
 
 
 def test_every_point_has_one_name_and_its_source_stands_before_it(study) -> None:
@@ -437,4 +431,4 @@ def test_files_are_small_and_say_first_what_they_are() -> None:
 
 
 def test_modules_are_importable_by_name(study) -> None:
-    assert all(isinstance(study.load(name), ModuleType) for name in MODULES)
+    assert all(isinstance(study.load(path.stem), ModuleType) for path in FOLDER.glob("*.py"))

@@ -1,26 +1,14 @@
 """The points of benchmarks/decoder and what they are called; nothing is trained."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 
 from rankbits.recipes.load import load
 
-FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "decoder"
-MODULES = ("points", "rounding", "run")
-
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch):
-    """The benchmark's command as a module, imported afresh."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for module in MODULES:
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    yield importlib.import_module("run")
-    for module in MODULES:
-        sys.modules.pop(module, None)
+def run(modules_of):
+    """The benchmark's command as a module."""
+    return modules_of("decoder")("run")
 
 
 def test_a_name_means_its_own_point_though_others_contain_it(run) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,19 +13,14 @@ from rankbits.recipes.load import load
 from rankbits.recipes.run import run
 
 FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "memorisation"
-MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
 @pytest.fixture
-def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The study's modules, imported afresh, with results in a temporary folder: other studies have such names, too."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    monkeypatch.setattr(importlib.import_module("points"), "RESULTS", tmp_path)
-    yield SimpleNamespace(load=importlib.import_module, results=tmp_path)
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def study(modules_of, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The study's modules with results in a temporary folder."""
+    load = modules_of("memorisation")
+    monkeypatch.setattr(load("points"), "RESULTS", tmp_path)
+    return SimpleNamespace(load=load, results=tmp_path)
 
 
 def store(study, name: str, values: list[float]) -> None:

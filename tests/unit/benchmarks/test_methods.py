@@ -1,8 +1,6 @@
 """The comparison of benchmarks/methods: points and floors, without any training."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,21 +9,14 @@ import pytest
 from rankbits.recipes.catalogue import method_names
 from rankbits.recipes.load import load
 
-FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "methods"
-MODULES = ("points", "results", "run")
-
 
 @pytest.fixture
-def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The benchmark's modules, imported afresh, with results in a temporary folder."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    points, results = (importlib.import_module(name) for name in MODULES[:2])
+def study(modules_of, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The benchmark's modules with results in a temporary folder."""
+    load = modules_of("methods")
+    points, results = load("points"), load("results")
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    yield SimpleNamespace(points=points, results=results, folder=tmp_path)
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    return SimpleNamespace(points=points, results=results, folder=tmp_path)
 
 
 def _store(study, point, value: float, *, metric: str = "pearson") -> None:

@@ -1,8 +1,5 @@
 """The arithmetic of benchmarks/training_speed and the recipes of its sides, without any training."""
 
-import importlib
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,19 +8,12 @@ from torch import nn
 
 from rankbits import BayesianLoraConfig
 
-FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "training_speed"
-MODULES = ("run", "sides", "measure", "points")
-
 
 @pytest.fixture
-def study(monkeypatch):
-    """The benchmark's modules, imported afresh: other benchmarks have modules of these names, too."""
-    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES[:3]})
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def study(modules_of):
+    """The benchmark's modules."""
+    load = modules_of("training_speed")
+    return SimpleNamespace(**{name: load(name) for name in ("run", "sides", "measure")})
 
 
 def test_the_ratio_is_that_of_medians_and_the_quartiles_those_of_rounds(study):

@@ -1,6 +1,5 @@
 """The driver of benchmarks/weight_change: same work for all methods, the choice of rates, the table; no training."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,16 +13,13 @@ FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "weight_change"
 
 
 @pytest.fixture
-def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The driver, imported afresh, with results in a temporary folder: other benchmarks have a module of its name."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    sys.modules.pop("run", None)
-    driver = importlib.import_module("run")
+def study(modules_of, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The driver with results in a temporary folder."""
+    driver = modules_of("weight_change")("run")
     monkeypatch.setattr(driver, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(driver, "FIGURES", tmp_path / "figures")
     driver.RESULTS.mkdir()
-    yield driver
-    sys.modules.pop("run", None)
+    return driver
 
 
 def _points(method: str, slope: float) -> list[WeightChangeRecord]:
