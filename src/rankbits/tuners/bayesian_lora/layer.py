@@ -180,7 +180,8 @@ class BayesianLoraLinear(RoundedWeight):
         hidden = self._quantize(adapter_name, Site.DOWN_OUTPUT, F.linear(x, down), gates)  # [..., r]
         hidden = hidden * diagonal.to(hidden.dtype)
         hidden = self._quantize(adapter_name, Site.DIAGONAL_OUTPUT, hidden, gates)
-        return F.linear(hidden, up) * self.scaling[adapter_name]  # [..., out_features]
+        # Scaled here, where a row has r numbers and not out_features.
+        return F.linear(hidden * self.scaling[adapter_name], up)  # [..., out_features]
 
     def _merged_product(self, adapter_name: str, x: Tensor, gates: GateValues | None) -> Tensor:
         """Product with the quantized sum: [..., in_features] to [..., out_features]."""
