@@ -166,3 +166,5 @@ def _quantizers(linear: Linear, spec: MethodSpec, sites: Sequence[str], stem: st
             ("seen_negative", "BOOL", ()),
         ):
             yield Entry(f"{stem}quantizers.{site}.{state}", dtype, size)
+        if spec.all_codes and site == "weight":
+            yield Entry(f"{stem}quantizers.{site}.sides", "I8", shape)

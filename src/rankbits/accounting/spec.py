@@ -246,6 +246,7 @@ class MethodSpec:
         learn_rank: whether ranks have gates (Bayesian-LoRA).
         placement: what the weight's quantizer rounds (Bayesian-LoRA).
         compensated: codes of weights have offsets from the nearest ones, a byte each (Bayesian-LoRA).
+        all_codes: grids of weights are full: a byte for each of their ranges, while these learn (Bayesian-LoRA).
         granularity: which elements of the weight share a range; all other tensors have one (Bayesian-LoRA).
         group_size: consecutive inputs of a row that share a range, where ranges go by groups.
         share_inputs: layers that read the same tensor have one quantizer for it (Bayesian-LoRA).
@@ -272,6 +273,7 @@ class MethodSpec:
     learn_rank: bool = True
     placement: Placement = Placement.SEPARATE
     compensated: bool = False
+    all_codes: bool = False
     granularity: Granularity = Granularity.TENSOR
     group_size: int = 64
     share_inputs: bool = True

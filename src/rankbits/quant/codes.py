@@ -22,29 +22,30 @@ EQUAL_DEVICES = ("cpu",)
 
 
 def step_at(range_: Tensor, bits: Tensor | int, *, signed: bool = True) -> Tensor:
-    """Step of the grid: (2 range or range) / (2^bits - 1), in the units and dtype of `range_`.
+    """Step of the grid: (2 range or range) / (2^bits - 1), in the units and dtype of `range_` and of its sign.
 
     Args:
-        range_: positive tensor.
+        range_: positive tensor; of either sign where the grid is full.
         bits: width, an int or an integer tensor that broadcasts over `range_`; meaningful for 2, 4, 8 and 16.
         signed: whether the grid covers both sides of zero.
     """
     return hold_step(range_ / _steps_in_range(_width(bits, range_), signed))
 
 
-def codes(x: Tensor, step: Tensor, bits: Tensor | int, *, signed: bool = True) -> Tensor:
+def codes(x: Tensor, step: Tensor, bits: Tensor | int, *, signed: bool = True, full: bool = False) -> Tensor:
     """Nearest integer codes, ties to even, clamped to the codes that the width has.
 
     Args:
         x: values, any shape.
-        step: positive, broadcasts over `x`; see `step_at`.
+        step: broadcasts over `x`; see `step_at`.
         bits: width, an int or an integer scalar tensor: 2, 4, 8 or 16.
         signed: codes run over [-(2^(bits-1) - 1), 2^(bits-1) - 1], else over [0, 2^bits - 1].
+        full: signed codes begin at -2^(bits-1).
 
     Returns:
         Codes of the shape of `x`, as whole numbers in the computing dtype. Bayesian-LoRA, Eq. 3.
     """
-    low, high = _code_limits(_width(bits, step), signed)
+    low, high = code_limits(_width(bits, step), signed=signed, full=full)
     return torch.clamp(torch.round(x.to(step.dtype) / step), low, high)
 
 
@@ -59,18 +60,23 @@ def _steps_in_range(width: Tensor, signed: bool) -> Tensor:
     return levels / 2.0 if signed else levels
 
 
-def _code_limits(width: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Smallest and largest code."""
-    high = (width - 1.0).exp2() - 1.0 if signed else width.exp2() - 1.0
-    return (-high if signed else torch.zeros_like(high)), high
+def code_limits(width: Tensor, *, signed: bool, full: bool) -> tuple[Tensor, Tensor]:
+    """Smallest and largest code of a width, in the dtype of the width, which is a floating one."""
+    if not signed:
+        return torch.zeros_like(width), width.exp2() - 1.0
+    high = (width - 1.0).exp2() - 1.0
+    return -high - float(full), high
 
 
-def _grid(bits: Tensor | int, like: Tensor, signed: bool) -> Tensor:
+def _grid(bits: Tensor | int, like: Tensor, signed: bool, full: bool) -> Tensor:
     """What `round_forward` needs to know of a width, [5], in the dtype of the range."""
     width = _width(bits, like)
-    side = torch.full_like(width, -1.0 if signed else 0.0)
+    low, high = code_limits(width, signed=signed, full=full)
+    steps_in_range = _steps_in_range(width, signed)
+    # Half a step below the smallest signed code; nothing below zero where there is no sign.
+    side = (low - 0.5) / steps_in_range if signed else torch.zeros_like(width)
     unrounded = (width >= UNROUNDED_WIDTH).to(width.dtype)
-    return torch.stack([_steps_in_range(width, signed), *_code_limits(width, signed), side, unrounded])
+    return torch.stack([steps_in_range, low, high, side, unrounded])
 
 
 def round_forward(x: Tensor, beta: Tensor, grid: Tensor) -> Tensor:
@@ -78,9 +84,9 @@ def round_forward(x: Tensor, beta: Tensor, grid: Tensor) -> Tensor:
 
     Args:
         x: values, any shape and floating dtype.
-        beta: positive ranges in the computing dtype; broadcast over `x`.
-        grid: [5] range / step; smallest and largest code; -1 or 0, the lower end of the range in units of `beta`; 1 if
-            values are clipped and not rounded, else 0. In the dtype of `beta`.
+        beta: ranges in the computing dtype; broadcast over `x`. Of either sign where the grid is full, else positive.
+        grid: [5] range / step; smallest and largest code; the other end of the range in units of `beta`, 0 or about -1;
+            1 if values are clipped and not rounded, else 0. In the dtype of `beta`.
 
     Returns:
         Of the shape and dtype of `x`.
@@ -93,7 +99,7 @@ def round_backward(x: Tensor, beta: Tensor, grid: Tensor, grad: Tensor) -> tuple
 
     Args:
         x: [n, k] values, any floating dtype.
-        beta: [n, 1] positive ranges in the computing dtype.
+        beta: [n, 1] ranges in the computing dtype.
         grid: as in the forward.
         grad: [n, k] gradient of the loss by the output.
 
@@ -101,7 +107,7 @@ def round_backward(x: Tensor, beta: Tensor, grid: Tensor, grad: Tensor) -> tuple
         The gradients of x [n, k] and of beta [n, 1].
     """
     values, g = x.to(beta.dtype), grad.to(beta.dtype)
-    inside = (values >= beta * grid[3]) & (values <= beta)
+    inside = _inside(values, beta, grid)
     homogeneity = _on_grid(values, beta, grid) - torch.where(inside, values, 0.0)
     grad_beta = (g * (homogeneity / hold_step(beta))).sum(dim=1, keepdim=True)
     return torch.where(inside, g, 0.0).to(x.dtype), grad_beta
@@ -109,17 +115,26 @@ def round_backward(x: Tensor, beta: Tensor, grid: Tensor, grad: Tensor) -> tuple
 
 def mask_backward(x: Tensor, beta: Tensor, grid: Tensor, grad: Tensor) -> Tensor:
     """The gradient of x alone, for a range that is not trained; arguments as in `round_backward`."""
-    values = x.to(beta.dtype)
-    inside = (values >= beta * grid[3]) & (values <= beta)
-    return torch.where(inside, grad, 0.0)
+    return torch.where(_inside(x.to(beta.dtype), beta, grid), grad, 0.0)
+
+
+def _ends(beta: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Between which numbers values are not clipped; a negative range lies the other way round."""
+    other = beta * grid[3]
+    return torch.minimum(other, beta), torch.maximum(other, beta)
+
+
+def _inside(values: Tensor, beta: Tensor, grid: Tensor) -> Tensor:
+    low, high = _ends(beta, grid)
+    return (values >= low) & (values <= high)
 
 
 def _on_grid(values: Tensor, beta: Tensor, grid: Tensor) -> Tensor:
     """Step times code, or the clipped value at 32 bits; of the shape and dtype of `values`."""
-    steps_in_range, low, high, side, unrounded = grid.unbind()
+    steps_in_range, low, high, _, unrounded = grid.unbind()
     step = hold_step(beta / steps_in_range)
     rounded = step * torch.clamp(torch.round(values / step), low, high)
-    return torch.where(unrounded > 0, torch.clamp(values, beta * side, beta), rounded)
+    return torch.where(unrounded > 0, torch.clamp(values, *_ends(beta, grid)), rounded)
 
 
 _forward = Fused(round_forward)
@@ -151,7 +166,7 @@ class _RoundToGrid(torch.autograd.Function):
         return grad_x.reshape(x.shape), rows.range_gradient(grad_rows, beta), None
 
 
-def round_to_grid(x: Tensor, range_: Tensor, bits: Tensor | int, *, signed: bool = True) -> Tensor:
+def round_to_grid(x: Tensor, range_: Tensor, bits: Tensor | int, *, signed: bool = True, full: bool = False) -> Tensor:
     """Values on the grid of one width: step times code; at 32 bits only clipped.
 
     Args:
@@ -159,13 +174,14 @@ def round_to_grid(x: Tensor, range_: Tensor, bits: Tensor | int, *, signed: bool
         range_: positive; a scalar tensor, or one that broadcasts over `x`.
         bits: 2, 4, 8, 16 or 32, an int or an integer scalar tensor (which is never copied to the host).
         signed: whether the grid covers both sides of zero.
+        full: a signed grid has one code more, below zero, or above it where the range is negative.
 
     Returns:
         A tensor of the shape and dtype of `x`; differentiable in `x` (identity inside the range, straight-through)
         and in `range_`.
     """
     beta = range_.to(compute_dtype(x.dtype))
-    grid = _grid(bits, beta, signed)
+    grid = _grid(bits, beta, signed, full)
     if not torch.is_grad_enabled():
         return round_forward(x, beta, grid)
     result: Tensor = _RoundToGrid.apply(x, beta, grid)  # type: ignore[no-untyped-call]

@@ -19,14 +19,16 @@ BLOCK = 128
 LARGEST_OFFSET = 127
 """Offsets are kept in eight bits."""
 
+Limits = tuple[int, int]
 
-def compensating_offsets(weight: Tensor, step: Tensor, largest: int, moment: Tensor) -> Tensor:
+
+def compensating_offsets(weight: Tensor, step: Tensor, limits: Limits, moment: Tensor) -> Tensor:
     """What to add to the nearest whole steps of a weight, before they are clamped, so that outputs move least.
 
     Args:
         weight: [out_features, in_features].
-        step: positive step of the grid, broadcasts over `weight`.
-        largest: magnitude of the largest code.
+        step: step of the grid, broadcasts over `weight`.
+        limits: smallest and largest code.
         moment: [in_features, in_features], sum of x x^T over inputs x of the layer.
 
     Returns:
@@ -39,11 +41,11 @@ def compensating_offsets(weight: Tensor, step: Tensor, largest: int, moment: Ten
     second = moment.to(weight.device, dtype)
     if not bool(torch.isfinite(second).all()) or float(second.diagonal().sum()) <= 0.0:
         return torch.zeros_like(weight, dtype=torch.int8)
-    chosen = _compensated_codes(values, steps, largest, second)
+    chosen = _compensated_codes(values, steps, limits, second)
 
     def codes_with(offsets: Tensor) -> Tensor:
         # As it will run, in the dtype of the weight, which may break a tie the other way.
-        return _codes(weight.detach() + offsets * step, step, largest).to(dtype)
+        return _codes(weight.detach() + offsets * step, step, limits).to(dtype)
 
     nearest = codes_with(torch.zeros_like(weight))
     # Of numbers beyond the grid, too, the code that is chosen must be what comes out.
@@ -54,11 +56,11 @@ def compensating_offsets(weight: Tensor, step: Tensor, largest: int, moment: Ten
     return torch.where(gains[:, None], offsets, 0.0).to(torch.int8)
 
 
-def _codes(values: Tensor, steps: Tensor, largest: int) -> Tensor:
-    return torch.clamp(torch.round(values / steps), -largest, largest)
+def _codes(values: Tensor, steps: Tensor, limits: Limits) -> Tensor:
+    return torch.clamp(torch.round(values / steps), *limits)
 
 
-def _compensated_codes(values: Tensor, steps: Tensor, largest: int, second: Tensor) -> Tensor:
+def _compensated_codes(values: Tensor, steps: Tensor, limits: Limits, second: Tensor) -> Tensor:
     """Codes of the shape of `values`, column by column from the most active one on."""
     order = torch.argsort(second.diagonal(), descending=True)
     factor = _inverse_factor(second[order][:, order])
@@ -69,7 +71,7 @@ def _compensated_codes(values: Tensor, steps: Tensor, largest: int, second: Tens
         end = min(start + BLOCK, count)
         errors = torch.empty_like(left[:, start:end])
         for i in range(start, end):
-            codes[:, i] = _codes(left[:, i], steps[:, i], largest)
+            codes[:, i] = _codes(left[:, i], steps[:, i], limits)
             errors[:, i - start] = (left[:, i] - codes[:, i] * steps[:, i]) / factor[i, i]
             left[:, i:end] -= errors[:, i - start, None] * factor[i, i:end]
         left[:, end:] -= errors @ factor[start:end, end:]

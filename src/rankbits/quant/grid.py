@@ -3,6 +3,9 @@
 A grid of width b over the range beta has the step `(2 beta or beta) / (2^b - 1)`. Steps divide each other
 (s_4 = s_2 / 5, s_8 = s_4 / 17, s_16 = s_8 / 257), so that every grid contains the coarser ones: Bayesian-LoRA, Eq. 4;
 van Baalen et al. 2020. No step is ever zero: below the smallest normal number it is held there.
+
+Such a grid has as many codes below zero as above, one fewer than b bits can tell apart. Where a weight stays at one
+width its grid can be full: it has the code -2^(b-1), too, which a negative range puts above zero.
 """
 
 from __future__ import annotations
@@ -101,8 +104,9 @@ def coarsest_step(range_: Tensor, *, signed: bool) -> Tensor:
 
 
 def hold_step(step: Tensor) -> Tensor:
-    """Keep a step at or above the smallest normal number, so that no quotient by it is infinite or NaN."""
-    return step.clamp(min=torch.finfo(step.dtype).tiny)
+    """Keep a step at least the smallest normal number away from zero, so that no quotient by it is infinite or NaN."""
+    tiny = torch.finfo(step.dtype).tiny
+    return torch.where(step < 0, step.clamp(max=-tiny), step.clamp(min=tiny))
 
 
 def expected_bits(link_probabilities: Tensor) -> Tensor:

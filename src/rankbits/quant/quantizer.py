@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankbits.errors import RankbitsWarning
 from rankbits.quant import kernels
-from rankbits.quant.codes import round_to_grid, step_at
+from rankbits.quant.codes import code_limits, round_to_grid, step_at
 from rankbits.quant.compensation import compensating_offsets
 from rankbits.quant.float32_state import Float32State
 from rankbits.quant.grid import (
@@ -65,6 +65,8 @@ class Quantizer(Float32State):
         layout: which elements share a range; activations have one for the tensor.
         shape: shape of the weight, where ranges are finer than the tensor or codes may be offset.
         compensated: whether codes of a weight can be offset from the nearest ones (`compensate`).
+        full: whether the grid at a single width has all codes of that width; each range then lies on the side of zero
+            that `fit` finds better.
     """
 
     learns = True
@@ -76,6 +78,7 @@ class Quantizer(Float32State):
     seen_negative: Tensor
     fitted: Tensor
     offsets: Tensor | None
+    sides: Tensor | None
 
     def __init__(
         self,
@@ -86,6 +89,7 @@ class Quantizer(Float32State):
         layout: RangeLayout = PER_TENSOR,
         shape: tuple[int, ...] = (),
         compensated: bool = False,
+        full: bool = False,
     ) -> None:
         super().__init__()
         self.calibration_passes = calibration_passes
@@ -93,6 +97,7 @@ class Quantizer(Float32State):
         self.headroom = headroom
         self.layout = layout
         self.shape = shape
+        self.full = full
         ranges = layout.range_shape(shape)
         self.log_range = nn.Parameter(torch.zeros(ranges, dtype=torch.float32))
         self.register_buffer("maximum", torch.zeros(ranges, dtype=torch.float32))
@@ -101,6 +106,7 @@ class Quantizer(Float32State):
         self.register_buffer("seen_negative", torch.zeros((), dtype=torch.bool))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
         self.register_buffer("offsets", torch.zeros(shape, dtype=torch.int8) if compensated else None)
+        self.register_buffer("sides", torch.ones(ranges, dtype=torch.int8) if full else None)
         self._known: tuple[bool, bool] | None = None
         self._warned = False
 
@@ -146,11 +152,14 @@ class Quantizer(Float32State):
 
     @property
     def range_(self) -> Tensor:
-        """The positive ranges in the units of the tensor, float32, differentiable in `log_range`.
+        """The ranges in the units of the tensor, float32, differentiable in `log_range`.
 
-        A scalar, or of the layout's `range_shape`: it broadcasts over `layout.parts` of the tensor.
+        A scalar, or of the layout's `range_shape`: it broadcasts over `layout.parts` of the tensor. Positive, but for
+        those of a full grid whose additional code lies above zero.
         """
         ranges = self._logarithms().exp()
+        if self.sides is not None:
+            ranges = ranges * self.sides
         return ranges.squeeze(0) if self.layout.granularity is Granularity.TENSOR else ranges
 
     @property
@@ -212,7 +221,7 @@ class Quantizer(Float32State):
 
         The largest value of a grid lies below its range, by a factor of 1.5 at 2 bits. From 8 bits on each range
         becomes what reaches the largest magnitude; at 2 and 4 bits what rounds with the least squared error, out of
-        `FIT_FACTORS` times that.
+        `FIT_FACTORS` times that, on either side of zero if the grid is full.
 
         Args:
             x: the weight.
@@ -221,8 +230,7 @@ class Quantizer(Float32State):
         """
         if not self.is_calibrated or (bool(self.fitted) and not again):
             return
-        if self.offsets is not None:
-            self.offsets.zero_()
+        self.forget_fit()
         values = x.detach().to(torch.float32)
         reached = self.layout.magnitudes(values).clamp(min=RANGE_FLOOR) / (1.0 - 1.0 / (2.0**bits - 1.0))
         self.log_range.copy_(reached.log())
@@ -232,17 +240,21 @@ class Quantizer(Float32State):
         parts, widest = self.layout.parts(values), self.range_
         best, least = widest, torch.full_like(widest, math.inf)
         for factor in FIT_FACTORS:
-            candidate = widest * factor
-            error = (round_to_grid(parts, candidate, bits, signed=self.is_signed) - parts).square()
-            total = error.sum() if candidate.dim() == 0 else error.sum(dim=-1, keepdim=True)
-            best, least = torch.where(total < least, candidate, best), torch.minimum(total, least)
-        self.log_range.copy_(best.log().reshape(self.log_range.shape))
+            for candidate in (widest * factor, -widest * factor)[: 2 if self.full else 1]:
+                error = (round_to_grid(parts, candidate, bits, signed=self.is_signed, full=self.full) - parts).square()
+                total = error.sum() if candidate.dim() == 0 else error.sum(dim=-1, keepdim=True)
+                best, least = torch.where(total < least, candidate, best), torch.minimum(total, least)
+        self.log_range.copy_(best.abs().log().reshape(self.log_range.shape))
+        if self.sides is not None:
+            self.sides.copy_(best.sign().reshape(self.sides.shape))
 
     def forget_fit(self) -> None:
         """Take the nearest codes again, and let the next `fit` choose the ranges."""
         self.fitted.fill_(False)
         if self.offsets is not None:
             self.offsets.zero_()
+        if self.sides is not None:
+            self.sides.fill_(1)
 
     @torch.no_grad()
     def compensate(self, x: Tensor, bits: int, moment: Tensor) -> None:
@@ -257,7 +269,8 @@ class Quantizer(Float32State):
             return
         parts = self.layout.parts(x)
         step = step_at(self.range_, bits, signed=self.is_signed).expand_as(parts).reshape(x.shape)
-        self.offsets.copy_(compensating_offsets(x, step, 2 ** (bits - 1) - 1, moment))
+        low, high = code_limits(torch.tensor(float(bits)), signed=self.is_signed, full=self.full)
+        self.offsets.copy_(compensating_offsets(x, step, (int(low), int(high)), moment))
 
     def _passes_through(self, x: Tensor) -> bool:
         """Whether this pass is the identity; records it if it is a calibration pass."""
@@ -324,6 +337,7 @@ class FixedQuantizer(Float32State):
         layout: which elements share a range.
         shape: shape of the weight, where ranges are finer than the tensor or codes are offset.
         compensated: whether codes of a weight can be offset from the nearest ones.
+        full: whether the grid has all codes of its width, and ranges of either sign.
     """
 
     fixed_range: Tensor
@@ -338,11 +352,13 @@ class FixedQuantizer(Float32State):
         layout: RangeLayout = PER_TENSOR,
         shape: tuple[int, ...] = (),
         compensated: bool = False,
+        full: bool = False,
     ) -> None:
         super().__init__()
         self.bits = bits
         self.is_signed = signed
         self.layout = layout
+        self.full = full
         ranges = () if layout.granularity is Granularity.TENSOR else layout.range_shape(shape)
         self.register_buffer("fixed_range", torch.ones(ranges, dtype=torch.float32))
         self.register_buffer("offsets", torch.zeros(shape, dtype=torch.int8) if compensated else None)
@@ -372,4 +388,4 @@ def _rounded(quantizer: Quantizer | FixedQuantizer, x: Tensor, range_: Tensor, b
     if quantizer.offsets is not None:
         beta = range_.to(compute_dtype(x.dtype))
         parts = parts.to(beta.dtype) + quantizer.layout.parts(quantizer.offsets) * step_at(beta, bits, signed=signed)
-    return round_to_grid(parts, range_, bits, signed=signed).to(x.dtype).reshape(x.shape)
+    return round_to_grid(parts, range_, bits, signed=signed, full=quantizer.full).to(x.dtype).reshape(x.shape)

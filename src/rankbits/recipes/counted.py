@@ -87,6 +87,7 @@ def grids_of(settings: Keys | AdapterSection) -> dict[str, Any]:
     return {
         "placement": Placement(settings.placement),
         "compensated": settings.rounding == "compensated",
+        "all_codes": settings.code_range == "full",
         "granularity": Granularity(settings.granularity),
         "group_size": settings.group_size,
         "share_inputs": settings.share_inputs,

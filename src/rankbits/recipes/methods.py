@@ -52,6 +52,7 @@ def _bayesian_lora(recipe: Recipe, _model: PreTrainedModel) -> PeftConfig:
         quantizers=adapter.quantizers,
         placement=adapter.placement,
         rounding=adapter.rounding,
+        code_range=adapter.code_range,
         granularity=adapter.granularity,
         group_size=adapter.group_size,
         share_inputs=adapter.share_inputs,

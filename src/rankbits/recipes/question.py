@@ -40,6 +40,7 @@ def _in_order(methods: Collection[Method]) -> list[str]:
 GRIDS = (
     "placement",
     "rounding",
+    "code_range",
     "granularity",
     "group_size",
     "share_inputs",
@@ -90,6 +91,7 @@ class Keys(BaseModel):
     )
     placement: Literal["separate", "merged"] = Field(default="separate", description="separate or merged")
     rounding: Literal["nearest", "compensated"] = Field(default="nearest", description="nearest or compensated")
+    code_range: Literal["narrow", "full"] = Field(default="narrow", description="narrow or full")
     granularity: Literal["tensor", "channel", "group"] = Field(
         default="tensor", description="tensor, channel or group: which numbers of a weight share a range"
     )

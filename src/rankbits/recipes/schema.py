@@ -130,6 +130,9 @@ class AdapterSection(BaseModel):
     rounding: Literal["nearest", "compensated"] = Field(
         default="nearest", description="nearest or compensated: which codes a weight gets at its final width"
     )
+    code_range: Literal["narrow", "full"] = Field(
+        default="narrow", description="narrow or full: whether a weight has 2^b - 1 or all 2^b codes at its final width"
+    )
     granularity: Literal["tensor", "channel", "group"] = Field(
         default="tensor", description="tensor, channel or group: which numbers of a weight share a range"
     )

@@ -64,8 +64,9 @@ def test_a_bayesian_lora_file(tmp_path: Path, rank: int, learn_rank: bool, sites
 @pytest.mark.parametrize("granularity", Granularity)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("compensated", [False, True])
+@pytest.mark.parametrize("all_codes", [False, True])
 def test_a_file_with_shared_inputs_and_fine_ranges(
-    tmp_path: Path, compensated: bool, tied: bool, granularity: Granularity, placement: Placement
+    tmp_path: Path, all_codes: bool, compensated: bool, tied: bool, granularity: Granularity, placement: Placement
 ) -> None:
     model, shape = llama(tied=True)
     targets, sites = ("q_proj", "k_proj", "up_proj"), ("weight", "output", "input")
@@ -78,6 +79,7 @@ def test_a_file_with_shared_inputs_and_fine_ranges(
         placement=placement.value,
         tie_groups="fused" if tied else None,
         rounding="compensated" if compensated else "nearest",
+        code_range="full" if all_codes else "narrow",
     )
     get_peft_model(model, config).save_pretrained(str(tmp_path))
     spec = MethodSpec(
@@ -90,6 +92,7 @@ def test_a_file_with_shared_inputs_and_fine_ranges(
         placement=placement,
         tie_groups=tied,
         compensated=compensated,
+        all_codes=all_codes,
     )
     assert artefact_bytes(shape, spec) == (tmp_path / ADAPTER_FILE).stat().st_size
 

@@ -12,6 +12,7 @@ from rankbits.quant.grid import Granularity, RangeLayout
 from rankbits.quant.quantizer import Quantizer
 
 LARGEST = 7
+LIMITS = (-LARGEST, LARGEST)
 
 
 def _case(outputs: int, inputs: int, samples: int = 200) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,7 +55,7 @@ def test_each_column_is_made_up_for_by_least_squares(outputs: int, inputs: int, 
     nearest, defined = _nearest(weight, step), _defined(weight, step, moment)
     better = _error(defined * step - weight, moment) < _error(nearest * step - weight, moment)
     expected = torch.where(better[:, None], defined, nearest)
-    codes = nearest + compensating_offsets(weight, step, LARGEST, moment)
+    codes = nearest + compensating_offsets(weight, step, LIMITS, moment)
     assert torch.equal(codes, expected)
     assert codes.abs().max() <= LARGEST
     assert better.any()
@@ -63,7 +64,7 @@ def test_each_column_is_made_up_for_by_least_squares(outputs: int, inputs: int, 
 def test_outputs_never_move_further_than_with_nearest_codes_and_much_less_in_the_mean() -> None:
     weight, step, moment = _case(64, 32)
     nearest = _nearest(weight, step)
-    codes = nearest + compensating_offsets(weight, step, LARGEST, moment)
+    codes = nearest + compensating_offsets(weight, step, LIMITS, moment)
     after, before = _error(codes * step - weight, moment), _error(nearest * step - weight, moment)
     assert (after <= before).all()
     assert after.sum() < 0.5 * before.sum()
@@ -72,26 +73,26 @@ def test_outputs_never_move_further_than_with_nearest_codes_and_much_less_in_the
 def test_inputs_that_do_not_depend_on_each_other_have_nothing_to_make_up() -> None:
     weight, step, _ = _case(6, 8)
     moment = torch.diag(torch.arange(1.0, 9.0, dtype=torch.float64))
-    assert not compensating_offsets(weight, step, LARGEST, moment).any()
+    assert not compensating_offsets(weight, step, LIMITS, moment).any()
 
 
 @pytest.mark.parametrize("moment", [torch.zeros(8, 8), torch.full((8, 8), torch.nan)])
 def test_without_inputs_to_go_by_codes_are_the_nearest(moment: torch.Tensor) -> None:
     weight, step, _ = _case(6, 8)
-    assert not compensating_offsets(weight, step, LARGEST, moment).any()
+    assert not compensating_offsets(weight, step, LIMITS, moment).any()
 
 
 def test_an_input_that_is_never_there_disturbs_nothing() -> None:
     weight, step, moment = _case(6, 8)
     moment[3], moment[:, 3] = 0.0, 0.0
-    codes = _nearest(weight, step) + compensating_offsets(weight, step, LARGEST, moment)
+    codes = _nearest(weight, step) + compensating_offsets(weight, step, LIMITS, moment)
     assert codes.isfinite().all()
     assert (_error(codes * step - weight, moment) <= _error(_nearest(weight, step) * step - weight, moment)).all()
 
 
 def test_half_precision_weights_and_one_step_for_all() -> None:
     weight, _, moment = _case(6, 8)
-    offsets = compensating_offsets(weight.to(torch.bfloat16), torch.tensor(0.3), LARGEST, moment.float())
+    offsets = compensating_offsets(weight.to(torch.bfloat16), torch.tensor(0.3), LIMITS, moment.float())
     assert offsets.dtype is torch.int8
     assert offsets.any()
 
@@ -116,7 +117,7 @@ def test_of_clipped_numbers_too_the_code_that_was_chosen_comes_out(bits: int) ->
     assert after.sum() < 0.8 * before.sum()
     step = step_at(quantizer.range_, bits).expand(16, 4, 8).reshape(16, 32).double()
     largest = 2 ** (bits - 1) - 1
-    chosen = compensation._compensated_codes(weight.double(), step, largest, moment)
+    chosen = compensation._compensated_codes(weight.double(), step, (-largest, largest), moment)
     improved = after < before * (1.0 - 1e-6)
     assert torch.equal(torch.round(compensated / step)[improved], chosen[improved])
 
@@ -129,7 +130,7 @@ def test_of_numbers_halfway_between_two_codes_that_is_judged_which_runs(largest:
     step = 0.1 + torch.rand(64, 1, generator=generator)
     halves = torch.randint(-largest - 1, largest + 1, (64, 32), generator=generator) + 0.5
     weight = halves * step
-    offsets = compensating_offsets(weight, step, largest, moment)
+    offsets = compensating_offsets(weight, step, (-largest, largest), moment)
     gained = (offsets != 0).any(dim=1)
     assert gained.sum() > 16
     before, run = (torch.clamp(torch.round((weight + o * step) / step), -largest, largest) for o in (0, offsets))

@@ -39,6 +39,8 @@ def test_steps_are_held_at_the_smallest_normal_number(dtype):
     tiny = torch.finfo(dtype).tiny
     steps = torch.tensor([0.0, tiny / 4, tiny, 1.0], dtype=dtype)
     assert grid.hold_step(steps).tolist() == [tiny, tiny, tiny, 1.0]
+    assert grid.hold_step(-steps[2:]).tolist() == [-tiny, -1.0]
+    assert grid.hold_step(-steps[1:2]).item() == -tiny
     assert grid.coarsest_step(torch.tensor(0.0, dtype=dtype), signed=True) == tiny
 
 

@@ -114,7 +114,8 @@ def test_codes_are_chosen_for_what_a_layer_reads_where_none_before_it_is_rounded
     quantizer = second.quantizers_of("default")["weight"]
     step = step_at(quantizer.range_, bits).detach().expand(8, 3, 8).reshape(8, 24)
     rounded = _sum(second) if placement == "merged" else second.weight
-    expected = compensating_offsets(rounded, step, 2 ** (bits - 1) - 1, hidden.T @ hidden)
+    largest = 2 ** (bits - 1) - 1
+    expected = compensating_offsets(rounded, step, (-largest, largest), hidden.T @ hidden)
     assert expected.any()
     assert torch.equal(quantizer.offsets, expected)
     model.eval()
@@ -277,11 +278,15 @@ def test_layers_are_looked_at_a_few_at_a_time_where_memory_is_short(monkeypatch:
     assert _offsets(one_by_one)[1].any()
 
 
+@pytest.mark.parametrize("settings", [{}, {"code_range": "full"}, {"code_range": "full", "rounding": "nearest"}])
+@pytest.mark.parametrize("budget", ["bits=4", "bits=2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hardening_merging_and_saving_keep_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = _model()
+def test_hardening_merging_and_saving_keep_every_bit(
+    tmp_path: Path, dtype: torch.dtype, budget: str, settings: dict[str, str]
+) -> None:
+    model = _model(**settings)
     model = model.to(dtype)
-    schedule = _schedule(model)
+    schedule = _schedule(model, budget=budget)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for step in range(STEPS):
         model.train()(_batch(step).to(dtype)).square().mean().backward()
@@ -299,6 +304,8 @@ def test_hardening_merging_and_saving_keep_every_bit(tmp_path: Path, dtype: torc
     loaded = PeftModel.from_pretrained(base, str(tmp_path)).eval()
     assert torch.equal(loaded(x), expected)
     assert all(map(torch.equal, _offsets(loaded), _offsets(model)))
+    negative = [bool((layer.quantizers_of("default")["weight"].fixed_range < 0).any()) for layer in _layers(loaded)]
+    assert negative == [bool(settings)] * 2
     loaded.merge_adapter()
     assert torch.equal(loaded(x), expected)
     loaded.unmerge_adapter()

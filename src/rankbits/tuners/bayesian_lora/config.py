@@ -71,6 +71,15 @@ class Rounding(str, Enum):
     update learns through them."""
 
 
+class CodeRange(str, Enum):
+    """How many of the codes of its width the grid of a weight has."""
+
+    NARROW = "narrow"
+    """As many below zero as above, 2^b - 1: the paper's grids, of which the finer ones contain the coarser ones."""
+    FULL = "full"
+    """All 2^b once the width is known; for each range the additional one lies where it helps more, below or above."""
+
+
 class RankGate(str, Enum):
     """How a rank gate gets its value: rounded with a straight-through gradient, or sampled hard concrete."""
 
@@ -118,6 +127,8 @@ class BayesianLoraConfig(PeftConfig):
             the sum W0 + s B E A on one grid, so that merging is exact and the update can repair the rounding of W0.
         rounding: "nearest" codes for the weight, or "compensated" ones, by which errors of rounding cancel in the
             outputs (Frantar et al. 2023). The adapter then stores a byte for each number of the weight.
+        code_range: "narrow" leaves a weight 2^b - 1 codes at b bits, 3 of 4 at 2 bits; "full" gives it all of them once
+            its width is known, one more below zero or, where a step is negative, above it.
         granularity: which elements of the weight share a range: "tensor", "channel" (a row) or "group" (consecutive
             inputs of a row). Factors of the update and activations have one range each.
         group_size: elements of a group; it has to divide the inputs of every adapted layer.
@@ -159,6 +170,7 @@ class BayesianLoraConfig(PeftConfig):
     quantizers: list[str] | None = field(default=None, metadata={"help": "tensors that have a quantizer"})
     placement: str = field(default="separate", metadata={"help": "'separate' or 'merged'"})
     rounding: str = field(default="nearest", metadata={"help": "'nearest' or 'compensated'"})
+    code_range: str = field(default="narrow", metadata={"help": "'narrow' or 'full'"})
     granularity: str = field(default="tensor", metadata={"help": "'tensor', 'channel' or 'group'"})
     group_size: int = field(default=64, metadata={"help": "weights of a group that share a range"})
     share_inputs: bool = field(default=True, metadata={"help": "one quantizer for an input that several layers read"})
@@ -232,7 +244,13 @@ class BayesianLoraConfig(PeftConfig):
 
     def _placement_problems(self) -> list[str]:
         problems = []
-        names = ("placement", Placement), ("rounding", Rounding), ("granularity", Granularity), ("tie_groups", GroupTie)
+        names = (
+            ("placement", Placement),
+            ("rounding", Rounding),
+            ("code_range", CodeRange),
+            ("granularity", Granularity),
+            ("tie_groups", GroupTie),
+        )
         for name, kind in names:
             value, known = getattr(self, name), [member.value for member in kind]
             if value not in known and not (name == "tie_groups" and value is None):
@@ -261,6 +279,11 @@ class BayesianLoraConfig(PeftConfig):
     def compensates(self) -> bool:
         """Whether codes of weights are offset from the nearest ones."""
         return self.rounding == Rounding.COMPENSATED.value
+
+    @property
+    def uses_all_codes(self) -> bool:
+        """Whether grids of weights are full once their width is known."""
+        return self.code_range == CodeRange.FULL.value
 
     @property
     def range_layout(self) -> RangeLayout:

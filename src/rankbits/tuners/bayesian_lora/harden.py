@@ -112,7 +112,9 @@ def _harden_layer(layer: BayesianLoraLinear, adapter_name: str, rank: int, fixed
 
 
 def _fix(quantizer: Quantizer, width: int) -> FixedQuantizer:
-    fixed = FixedQuantizer(width, signed=quantizer.is_signed, layout=quantizer.layout, shape=quantizer.shape)
+    fixed = FixedQuantizer(
+        width, signed=quantizer.is_signed, layout=quantizer.layout, shape=quantizer.shape, full=quantizer.full
+    )
     fixed.fixed_range = quantizer.range_.detach().clone()
     fixed.offsets = None if quantizer.offsets is None else quantizer.offsets.clone()
     return fixed

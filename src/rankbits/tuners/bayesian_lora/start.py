@@ -69,6 +69,7 @@ def learning_quantizer(
             layout=config.range_layout if site is Site.WEIGHT else PER_TENSOR,
             shape=shape,
             compensated=compensated and site is Site.WEIGHT,
+            full=config.uses_all_codes and site is Site.WEIGHT,
         )
     except ValueError as reason:
         raise ValueError(
@@ -88,6 +89,11 @@ def fixed_quantizers(
         of_weight = site == Site.WEIGHT.value
         layout = config.range_layout if of_weight else PER_TENSOR
         quantizers[site] = FixedQuantizer(
-            width, signed=signed, layout=layout, shape=shape, compensated=compensated and of_weight
+            width,
+            signed=signed,
+            layout=layout,
+            shape=shape,
+            compensated=compensated and of_weight,
+            full=config.uses_all_codes and of_weight,
         )
     return nn.ModuleDict(quantizers)

@@ -20,6 +20,7 @@ def test_all_problems_are_reported_together() -> None:
             rank_gate="soft",
             init_weights="gauss",
             quantizers=["weight", "wieght"],
+            code_range="wide",
             layers_pattern="layers",
         )
     expected = [
@@ -30,6 +31,7 @@ def test_all_problems_are_reported_together() -> None:
         "`initial_bit_logit` must exceed -0.9353, where gates open, got -2.0",
         "`rank_gate` must be one of ['ste', 'hard_concrete'], got 'soft'",
         "`init_weights` must be True, False, 'lora' or 'adalora', got 'gauss'",
+        "`code_range` must be one of ['narrow', 'full'], got 'wide'",
         "`quantizers` has unknown names ['wieght']",
         "`layers_pattern` needs `layers_to_transform`",
     ]
