@@ -20,10 +20,14 @@ class Scales(str, Enum):
 
 
 class Fit(str, Enum):
-    """How a scale is chosen: the largest magnitude gets the largest code, or the squared error is least."""
+    """How a scale is chosen: the largest magnitude gets the largest code, or the squared error is least.
+
+    With all 2^bits codes of a width, scales may be negative, so that the code -2^(bits-1) lies on the side that needs it.
+    """
 
     MAXIMUM = "max"
     ERROR = "mse"
+    ALL_CODES = "mse-full"
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Scheme:
     """One way to round a model.
 
     Args:
-        weight_bits: width of weights, 2 to 8: codes -(2^(bits-1) - 1) to 2^(bits-1) - 1.
+        weight_bits: width of weights, 2 to 8: codes -(2^(bits-1) - 1) to 2^(bits-1) - 1, and one more below with
+            `Fit.ALL_CODES`.
         input_bits: width of the inputs of the rounded layers, likewise.
         scales: which weights share a scale.
         group_size: inputs of a group.
@@ -56,25 +61,26 @@ SHRINKS = tuple(1.0 - 0.02 * step for step in range(36))
 
 
 def largest_code(bits: int) -> int:
-    """2^(bits-1) - 1: the grid is symmetric and has no code for the odd level out."""
+    """2^(bits-1) - 1."""
     return (1 << (bits - 1)) - 1
 
 
-def on_grid(values: Tensor, scale: Tensor, bits: int) -> Tensor:
+def on_grid(values: Tensor, scale: Tensor, bits: int, *, full: bool = False) -> Tensor:
     """Nearest multiple of the scale, ties to even, within the codes of the width; of the shape of `values`."""
     bound = largest_code(bits)
-    return torch.clamp(torch.round(values / scale), -bound, bound) * scale
+    return torch.clamp(torch.round(values / scale), -bound - full, bound) * scale
 
 
 def rounded_weight(weight: Tensor, scheme: Scheme) -> Tensor:
     """A weight [out, in] on its grid. ValueError if groups do not divide the inputs."""
     view = grouped(weight, scheme)  # [tensors, elements that share a scale]
-    largest = view.abs().amax(dim=1, keepdim=True).clamp(min=1e-12)
-    best = on_grid(view, largest / largest_code(scheme.weight_bits), scheme.weight_bits)
-    if scheme.fit is Fit.ERROR:
+    scale = view.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / largest_code(scheme.weight_bits)
+    full = scheme.fit is Fit.ALL_CODES
+    best = on_grid(view, scale, scheme.weight_bits, full=full)
+    if scheme.fit is not Fit.MAXIMUM:
         least = (best - view).square().sum(dim=1, keepdim=True)
-        for shrink in SHRINKS[1:]:
-            tried = on_grid(view, shrink * largest / largest_code(scheme.weight_bits), scheme.weight_bits)
+        for shrink in (*SHRINKS[1:], *(-shrink for shrink in SHRINKS if full)):
+            tried = on_grid(view, shrink * scale, scheme.weight_bits, full=full)
             error = (tried - view).square().sum(dim=1, keepdim=True)
             best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
     return best.reshape(weight.shape)  # [out, in]

@@ -13,7 +13,7 @@ SCALE_BYTES = 4
 def rounded(weight: Tensor, bits: int, group: int) -> Tensor:
     """A weight [out, in] on a grid of 2^bits levels, each group of `group` weights of a row with its own scale.
 
-    The scale of a group is the one of SHRINKS with the least squared error. ValueError if groups do not fit into rows.
+    The scale of a group, of either sign, is the one of SHRINKS with the least squared error. ValueError if groups do not fit into rows.
     """
     if weight.shape[1] % group:
         raise ValueError(f"rows of {weight.shape[1]} weights, expected a multiple of {group}")
@@ -22,7 +22,7 @@ def rounded(weight: Tensor, bits: int, group: int) -> Tensor:
     largest = parts.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)  # [groups, 1]
     best, least = torch.zeros_like(parts), torch.full_like(largest, torch.inf)
     for shrink in SHRINKS:
-        for levels in dict.fromkeys((high, -low)):
+        for levels in (high, -low, low, -high):
             scale = shrink * largest / levels
             tried = (parts / scale).round().clamp(low, high) * scale  # [groups, group]
             error = (tried - parts).square().sum(dim=1, keepdim=True)  # [groups, 1]

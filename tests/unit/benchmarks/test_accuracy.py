@@ -209,15 +209,25 @@ def test_weights_are_rounded_to_the_nearest_code_of_their_scale(study) -> None:
     assert rounding.scale_count((4, 128), rounding.Scheme(4, 8, rounding.Scales.GROUP)) == 8
 
 
-def test_the_fit_by_error_is_never_worse_and_two_bits_have_three_levels(study) -> None:
+def test_the_fit_by_error_is_never_worse_and_two_bits_have_three_levels_or_all_four(study) -> None:
     rounding = study.load("rounding")
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     errors = {}
     for fit in rounding.Fit:
         values = rounding.rounded_weight(weight, rounding.Scheme(2, 8, rounding.Scales.GROUP, fit=fit))
-        assert all(len(row.unique()) <= 3 for row in values)
-        errors[fit] = (values - weight).square().sum()
-    assert errors[rounding.Fit.ERROR] < 0.7 * errors[rounding.Fit.MAXIMUM]
+        levels = [len(row.unique()) for row in values]
+        assert max(levels) == (4 if fit is rounding.Fit.ALL_CODES else 3)
+        errors[fit] = (values - weight).square().sum(dim=1)
+    assert errors[rounding.Fit.ERROR].sum() < 0.7 * errors[rounding.Fit.MAXIMUM].sum()
+    assert (errors[rounding.Fit.ALL_CODES] <= errors[rounding.Fit.ERROR]).all()
+    assert errors[rounding.Fit.ALL_CODES].sum() < 0.8 * errors[rounding.Fit.ERROR].sum()
+
+
+def test_the_additional_code_lies_on_the_side_that_needs_it(study) -> None:
+    rounding = study.load("rounding")
+    weight = torch.tensor([[-2.0, -1.0, 0.0, 1.0], [-1.0, 0.0, 1.0, 2.0]])
+    scheme = rounding.Scheme(2, 8, rounding.Scales.CHANNEL, fit=rounding.Fit.ALL_CODES)
+    torch.testing.assert_close(rounding.rounded_weight(weight, scheme), weight, rtol=0.05, atol=0.0)
 
 
 def test_layers_are_rounded_inside_the_block_only(study) -> None:

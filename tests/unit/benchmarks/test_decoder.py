@@ -1,6 +1,7 @@
 """The points of benchmarks/decoder and what they are called; nothing is trained."""
 
 import pytest
+import torch
 
 from rankbits.recipes.load import load
 
@@ -36,3 +37,13 @@ def test_the_shipped_recipe_is_the_one_whose_results_are_stored(run, task) -> No
     shipped = load(f"{task}-smollm2-budget")
     for section in ("model", "method", "task", "adapter", "gates", "training"):
         assert getattr(shipped, section) == getattr(studied, section)
+
+
+def test_rounding_after_training_uses_all_codes_on_the_side_that_needs_them(modules_of) -> None:
+    rounding = modules_of("decoder")("rounding")
+    weight = torch.tensor([[-2.0, -1.0, 0.0, 1.0], [-1.0, 0.0, 1.0, 2.0]])
+    torch.testing.assert_close(rounding.rounded(weight, 2, 4), weight)
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+    for bits in (2, 3, 4):
+        mirrored = rounding.rounded(-weight, bits, 32)
+        torch.testing.assert_close(mirrored, -rounding.rounded(weight, bits, 32))
