@@ -22,7 +22,7 @@ class Scales(str, Enum):
 class Fit(str, Enum):
     """How a scale is chosen: the largest magnitude gets the largest code, or the squared error is least.
 
-    With all 2^bits codes of a width, scales may be negative, so that the code -2^(bits-1) lies on the side that needs it.
+    With all 2^bits codes of a width, scales may be negative: the code -2^(bits-1) lies on the side that needs it.
     """
 
     MAXIMUM = "max"

@@ -13,7 +13,8 @@ SCALE_BYTES = 4
 def rounded(weight: Tensor, bits: int, group: int) -> Tensor:
     """A weight [out, in] on a grid of 2^bits levels, each group of `group` weights of a row with its own scale.
 
-    The scale of a group, of either sign, is the one of SHRINKS with the least squared error. ValueError if groups do not fit into rows.
+    The scale of a group, of either sign, is the one of SHRINKS with the least squared error.
+    ValueError if groups do not fit into rows.
     """
     if weight.shape[1] % group:
         raise ValueError(f"rows of {weight.shape[1]} weights, expected a multiple of {group}")
