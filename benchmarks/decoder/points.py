@@ -71,10 +71,11 @@ def _finer(group: int) -> str:
     return "" if group == GROUP else f"-group{group}"
 
 
-def ours(task: str, bits: float, group: int) -> Trained:
-    """Learned widths of weights under a budget of mean bits."""
-    overrides = (*OURS, f"adapter.group_size={group}", f"gates.budget=bits={bits:g}")
-    return Trained(task, f"bayesian-lora-bits{bits:g}{_finer(group)}", overrides)
+def ours(task: str, bits: float, group: int, code_range: str = "narrow") -> Trained:
+    """Learned widths of weights under a budget of mean bits, with 2^b - 1 or all 2^b codes at b bits."""
+    overrides = (*OURS, f"adapter.group_size={group}", f"adapter.code_range={code_range}", f"gates.budget=bits={bits:g}")
+    suffix = "" if code_range == "narrow" else f"-{code_range}"
+    return Trained(task, f"bayesian-lora-bits{bits:g}{_finer(group)}{suffix}", overrides)
 
 
 def lora(task: str) -> Trained:
@@ -85,6 +86,7 @@ def lora(task: str) -> Trained:
 POINTS: tuple[Trained | Rounded, ...] = (
     *(lora(task) for task in TASKS),
     *(Rounded(task, bits) for bits in (None, 2, 2.5, 3, 3.5, 4) for task in TASKS),
+    *(ours(task, bits, FINE_GROUP, "full") for bits in BUDGETS for task in TASKS),
     *(ours(task, bits, group) for group in (FINE_GROUP, GROUP) for bits in BUDGETS for task in TASKS),
     *(Rounded(task, bits, FINE_GROUP) for bits in BUDGETS for task in TASKS),
 )

@@ -23,16 +23,17 @@ def test_names_are_unique_and_say_the_group_and_the_budget_of_the_recipe(run) ->
     names = [point.name for point in run.POINTS]
     assert len(set(names)) == len(names)
     fitted = [p for p in run.POINTS if isinstance(p, run.Trained) and "bayesian-lora" in p.name]
-    assert len(fitted) == 12
+    assert len(fitted) == 18
     for point in fitted:
         recipe = load(f"{point.task}-smollm2", list(point.overrides))
         size = "" if recipe.adapter.group_size == 64 else f"-group{recipe.adapter.group_size}"
-        assert point.name == f"{point.task}-bayesian-lora-{recipe.gates.budget.replace('=', '')}{size}"
+        codes = "-full" if recipe.adapter.code_range == "full" else ""
+        assert point.name == f"{point.task}-bayesian-lora-{recipe.gates.budget.replace('=', '')}{size}{codes}"
 
 
 @pytest.mark.parametrize("task", ["e2e_nlg", "gsm8k"])
 def test_the_shipped_recipe_is_the_one_whose_results_are_stored(run, task) -> None:
-    (point,) = run.chosen(f"{task}-bayesian-lora-bits3.5-group32")
+    (point,) = run.chosen(f"{task}-bayesian-lora-bits3.5-group32-full")
     studied = load(f"{task}-smollm2", [*point.overrides, f"training.max_steps={run.STEPS}"])
     shipped = load(f"{task}-smollm2-budget")
     for section in ("model", "method", "task", "adapter", "gates", "training"):
