@@ -1,16 +1,22 @@
-"""What a running training shows, as a bar or as lines: loss, mean bits, mean rank and time left."""
+"""What a running training shows, as a bar or as lines: loss, mean bits, mean rank, budgets and time left."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rankbits.accounting.budget import Quantity
+
 _SHOWN = (("loss", "loss", ".4f"), ("bits_mean", "mean bits", ".2f"), ("rank_mean", "mean rank", ".2f"))
+_BUDGETS = {q.value: (f"budget_{q.value}", f"budget_{q.value}_limit") for q in Quantity}
+"""What is logged of each budget: what is spent, and what is allowed."""
+_KEPT = (*(key for key, _, _ in _SHOWN), *chain.from_iterable(_BUDGETS.values()))
 
 
 class ProgressCallback(TrainerCallback):
@@ -61,7 +67,7 @@ class ProgressCallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Keep the newest values; where there is no bar, print them."""
-        fresh = {key: float(logs[key]) for key, _, _ in _SHOWN if logs and key in logs}
+        fresh = {key: float(logs[key]) for key in _KEPT if logs and key in logs}
         self._values |= fresh
         if fresh and self._bar is None and state.is_world_process_zero:
             self.say(f"step {state.global_step}/{state.max_steps}  {self._text(state)}")
@@ -84,6 +90,9 @@ class ProgressCallback(TrainerCallback):
 
     def _text(self, state: TrainerState) -> str:
         shown = [f"{label} {self._values[key]:{form}}" for key, label, form in _SHOWN if key in self._values]
+        for quantity, (spent, limit) in _BUDGETS.items():
+            if limit in self._values:
+                shown.append(f"{quantity} {self._values[spent]:.4g} (budget {self._values[limit]:g})")
         elapsed = self._clock() - self._started_at
         left = time_left(elapsed, state.global_step - self._first_step, state.max_steps - state.global_step)
         return "  ".join([*shown, f"{left} left"])

@@ -121,11 +121,12 @@ def _kept(state: TrainerState) -> dict[str, Any]:
 
 
 def budget_values(schedule: GateSchedule) -> dict[str, float]:
-    """Of each budget the cost, what is expected of it, its target and its dual variable."""
+    """Of each budget its limit, the cost, what is expected of it, its target by now and its dual variable."""
     values = {}
     for state in schedule.budgets():
         name = state.budget.quantity.value
         values[f"budget_{name}"] = state.cost
+        values[f"budget_{name}_limit"] = state.budget.limit
         values[f"budget_{name}_expected"] = state.expected
         values[f"budget_{name}_target"] = state.target
         values[f"mu_{name}"] = state.mu

@@ -112,6 +112,17 @@ def test_without_a_terminal_every_log_is_a_line(tmp_path: Path):
     assert lines[-1].endswith("0:00:00 left")
 
 
+def test_under_budgets_what_is_spent_stands_beside_what_is_allowed():
+    out = io.StringIO()
+    bar = ProgressCallback(Console(file=out), clock=lambda: 0.0)
+    trainer = _trainer(Path("unused"))
+    logs = {"loss": 1.0, "bits_mean": 16.0, "budget_bits": 3.4979, "budget_bits_limit": 3.5, "budget_bops_limit": 0.25}
+    logs |= {"budget_bops": 0.24996, "budget_bits_target": 5.0, "budget_bops_expected": 0.3}
+    bar.on_train_begin(trainer.args, trainer.state, trainer.control)
+    bar.on_log(trainer.args, trainer.state, trainer.control, logs)
+    assert "loss 1.0000  mean bits 16.00  bops 0.25 (budget 0.25)  bits 3.498 (budget 3.5)  " in out.getvalue()
+
+
 def test_on_a_terminal_there_is_a_bar(tmp_path: Path):
     out = io.StringIO()
     with progress(Console(file=out, force_terminal=True, width=120, color_system=None)) as bar:

@@ -142,6 +142,7 @@ def test_logs_say_where_each_budget_stands(adapted) -> None:
     callback.on_log(ARGS, state, None, logs=logs, model=model)
     assert (logs["budget_bits"], logs["budget_bits_target"], logs["mu_bits"]) == (32.0, 8.0, 0.0)
     assert 31.0 < logs["budget_bits_expected"] < 32.0
+    assert (logs["budget_bits_limit"], logs["budget_rank_limit"]) == (8.0, 2.0)
     assert (logs["budget_rank"], logs["budget_rank_target"], logs["mu_rank"]) == (4.0, 2.0, 0.0)
 
 
