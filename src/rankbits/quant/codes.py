@@ -74,9 +74,9 @@ def _grid(bits: Tensor | int, like: Tensor, signed: bool, full: bool) -> Tensor:
     low, high = code_limits(width, signed=signed, full=full)
     steps_in_range = _steps_in_range(width, signed)
     # Half a step below the smallest signed code; nothing below zero where there is no sign.
-    side = (low - 0.5) / steps_in_range if signed else torch.zeros_like(width)
+    other_end = (low - 0.5) / steps_in_range if signed else torch.zeros_like(width)
     unrounded = (width >= UNROUNDED_WIDTH).to(width.dtype)
-    return torch.stack([steps_in_range, low, high, side, unrounded])
+    return torch.stack([steps_in_range, low, high, other_end, unrounded])
 
 
 def round_forward(x: Tensor, beta: Tensor, grid: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def round_to_grid(x: Tensor, range_: Tensor, bits: Tensor | int, *, signed: bool
 
     Args:
         x: values, any shape and floating dtype; the arithmetic is float32 (float64 for float64).
-        range_: positive; a scalar tensor, or one that broadcasts over `x`.
+        range_: a scalar tensor, or one that broadcasts over `x`; positive, or of either sign where the grid is full.
         bits: 2, 4, 8, 16 or 32, an int or an integer scalar tensor (which is never copied to the host).
         signed: whether the grid covers both sides of zero.
         full: a signed grid has one code more, below zero, or above it where the range is negative.
