@@ -67,6 +67,7 @@ ABLATIONS = {
     "range-rate1e-3": "gates.range_learning_rate=0.001",
     "range-rate3e-2": "gates.range_learning_rate=0.03",
     "nearest": "adapter.rounding=nearest",
+    "full-codes": "adapter.code_range=full",
     "all-rows": "adapter.weight_gradient_rows=null",
     "descent": "gates.allocation=descent",
     "channel": "adapter.granularity=channel",
