@@ -73,9 +73,11 @@ def _finer(group: int) -> str:
 
 def ours(task: str, bits: float, group: int, code_range: str = "narrow") -> Trained:
     """Learned widths of weights under a budget of mean bits, with 2^b - 1 or all 2^b codes at b bits."""
-    overrides = (*OURS, f"adapter.group_size={group}", f"adapter.code_range={code_range}", f"gates.budget=bits={bits:g}")
+    grid = (f"adapter.group_size={group}", f"adapter.code_range={code_range}")
     suffix = "" if code_range == "narrow" else f"-{code_range}"
-    return Trained(task, f"bayesian-lora-bits{bits:g}{_finer(group)}{suffix}", overrides)
+    return Trained(
+        task, f"bayesian-lora-bits{bits:g}{_finer(group)}{suffix}", (*OURS, *grid, f"gates.budget=bits={bits:g}")
+    )
 
 
 def lora(task: str) -> Trained:
