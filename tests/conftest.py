@@ -20,8 +20,8 @@ settings.register_profile("rankbits", deadline=None, derandomize=True, database=
 settings.load_profile("rankbits")
 
 
-# Once all is said, PyTorch's own threads may still abort a process that ends in the usual way.
-LEAVE = "\nimport os\nsys.stdout.flush()\nos._exit(0)\n"
+LEAVE = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
+"""Ends a program without PyTorch's teardown, in which a process was seen to abort when all had been said."""
 
 
 @pytest.fixture

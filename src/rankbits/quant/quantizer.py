@@ -239,11 +239,12 @@ class Quantizer(Float32State):
             return
         parts, widest = self.layout.parts(values), self.range_
         best, least = widest, torch.full_like(widest, math.inf)
-        for factor in FIT_FACTORS:
-            for candidate in (widest * factor, -widest * factor)[: 2 if self.full else 1]:
-                error = (round_to_grid(parts, candidate, bits, signed=self.is_signed, full=self.full) - parts).square()
-                total = error.sum() if candidate.dim() == 0 else error.sum(dim=-1, keepdim=True)
-                best, least = torch.where(total < least, candidate, best), torch.minimum(total, least)
+        signs = (1.0, -1.0) if self.full else (1.0,)
+        for factor in (sign * size for size in FIT_FACTORS for sign in signs):
+            candidate = widest * factor
+            error = (round_to_grid(parts, candidate, bits, signed=self.is_signed, full=self.full) - parts).square()
+            total = error.sum() if candidate.dim() == 0 else error.sum(dim=-1, keepdim=True)
+            best, least = torch.where(total < least, candidate, best), torch.minimum(total, least)
         self.log_range.copy_(best.abs().log().reshape(self.log_range.shape))
         if self.sides is not None:
             self.sides.copy_(best.sign().reshape(self.sides.shape))

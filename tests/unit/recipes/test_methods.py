@@ -239,6 +239,17 @@ def test_settings_of_other_methods_are_not_part_of_the_work(asked: tuple[str, ..
     assert recipe_hash(work_of(load(name, [*changes, *others]))) == FROZEN[asked]
 
 
+def test_how_a_weight_is_rounded_reaches_the_adapter_and_the_work() -> None:
+    names = ("placement", "rounding", "code_range", "granularity", "group_size")
+    assert _fields(_config("bayesian-lora"), *names) == ["separate", "nearest", "narrow", "tensor", 64]
+    asked = ("merged", "compensated", "full", "group", 32)
+    changes = [f"adapter.{name}={value}" for name, value in zip(names, asked, strict=True)]
+    assert _fields(_config("bayesian-lora", *changes), *names) == list(asked)
+    one, other = (load("quickstart", [f"adapter.code_range={given}"]) for given in ("full", "narrow"))
+    assert work_of(one)["adapter"].pop("code_range") == "full"
+    assert "code_range" not in work_of(other)["adapter"]
+
+
 def test_a_start_at_the_mean_is_part_of_the_work_where_it_is_asked_for() -> None:
     one, other = (load("glue/minilm/stsb", [f"task.start_at_mean={given}"]) for given in ("true", "false"))
     assert work_of(one)["task"].pop("start_at_mean") is True

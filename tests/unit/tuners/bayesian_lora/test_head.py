@@ -296,6 +296,18 @@ def test_a_saved_and_a_hardened_head_compute_the_same(granularity: str, tmp_path
         PeftModel.from_pretrained(RobertaForSequenceClassification(RobertaConfig(**SIZES)), tmp_path / "hard")
 
 
+def test_a_head_with_all_codes_of_its_width_computes_the_same_when_hardened_and_loaded(tmp_path) -> None:
+    model = _learned(_attach(code_range="full", granularity="group", group_size=16))
+    pooler = _heads(model)[POOLER]
+    pooler.fit_weight_range("default")
+    assert (pooler.quantizers_of("default")["weight"].range_ < 0).any()
+    expected = _output(model)
+    harden(model)
+    torch.testing.assert_close(_output(model), expected, rtol=1e-4, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(_output(PeftModel.from_pretrained(_bert(), tmp_path).eval()), _output(model))
+
+
 def test_an_adapter_may_bear_the_name_of_a_part(tmp_path) -> None:
     # PEFT cuts the name of the adapter out of keys, wherever it stands next to last.
     model = _calibrated(get_peft_model(_bert(), _config(), adapter_name="input"))
