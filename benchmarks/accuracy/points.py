@@ -23,6 +23,8 @@ SCATTERED = "cola"
 BUDGETS = (0.5, 0.25, 0.1875, 0.125, 0.09375, 0.0625)
 """Bit operations of the adapted layers as a share of their 16-bit reference; a quarter of it is of the 32-bit one."""
 CLAIMED = (0.25, 0.125)
+MIXED = 0.09375
+"""Here 2-bit and 4-bit weights mix, and two points may be lost; on MRPC the first seed lost five."""
 TIGHT = 0.0625
 """What 2-bit weights and 8-bit inputs everywhere would cost: here it shows whether it matters which layer gets what."""
 NARROW, BYTES = 0.125, 0.3
@@ -241,7 +243,7 @@ def _all() -> list[Point]:
         for t in CURVE_TASKS
     ]
     points += [uniform(t, w, "group", s) for w in ((4, 8), (2, 8)) for s in SEEDS for t in CURVE_TASKS]
-    points += [learned(t, "q-ra", DEFAULT_PLACEMENT, TIGHT, s) for s in SEEDS for t in CURVE_TASKS]
+    points += [learned(t, "q-ra", DEFAULT_PLACEMENT, b, s) for b in (MIXED, TIGHT) for s in SEEDS for t in CURVE_TASKS]
     points += [permuted(t, TIGHT, s) for s in SEEDS for t in CURVE_TASKS]
     points += [uniform(t, w, "group", FIRST_SEED) for w in ((8, 8), (4, 4)) for t in CURVE_TASKS]
     points += [adalora(t, s) for s in SEEDS for t in CURVE_TASKS]

@@ -14,7 +14,7 @@ from rankbits.accounting.quantizers import HEAD_SITES, ranges
 from rankbits.accounting.spec import Linear, MethodSpec, ModelShape
 from rankbits.errors import RecipeError
 from rankbits.records import CountOptions
-from rankbits.records.costs import REFERENCES, SCALE_BYTES, ReferenceBits
+from rankbits.records.costs import REFERENCES, ReferenceBits, scale_bytes
 
 WIDTHS = (2, 4, 8, 16, 32)
 
@@ -257,7 +257,7 @@ def _bytes_share(shape: ModelShape, spec: MethodSpec, reference_bits: int) -> fl
         for site, size in sizes.items():
             width = spec.widths[linear.name].get(site, 32)
             scales = ranges(linear, site, spec) if site in spec.widths[linear.name] else 0
-            size_bytes += (size * width + 7) // 8 + scales * SCALE_BYTES
+            size_bytes += (size * width + 7) // 8 + scale_bytes(scales, spec.scale_bits if site == "weight" else 32)
     return size_bytes / base
 
 

@@ -147,5 +147,6 @@ def _tensor(linear: Linear, operand: str, size: int, site: str, spec: MethodSpec
             "elements": size,
             "bits": floats if width is None else width,
             "scales": 0 if width is None or spec is None else ranges(linear, site, spec),
+            "scale_bits": spec.scale_bits if spec is not None and width is not None and site == "weight" else 32,
         }
     )

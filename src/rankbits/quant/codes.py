@@ -29,7 +29,7 @@ def step_at(range_: Tensor, bits: Tensor | int, *, signed: bool = True) -> Tenso
         bits: width, an int or an integer tensor that broadcasts over `range_`; meaningful for 2, 4, 8 and 16.
         signed: whether the grid covers both sides of zero.
     """
-    return hold_step(range_ / _steps_in_range(_width(bits, range_), signed))
+    return hold_step(range_ / steps_in_range(_width(bits, range_), signed))
 
 
 def codes(x: Tensor, step: Tensor, bits: Tensor | int, *, signed: bool = True, full: bool = False) -> Tensor:
@@ -54,8 +54,8 @@ def _width(bits: Tensor | int, like: Tensor) -> Tensor:
     return bits.to(like) if isinstance(bits, Tensor) else torch.full((), bits, dtype=like.dtype, device=like.device)
 
 
-def _steps_in_range(width: Tensor, signed: bool) -> Tensor:
-    """The range divided by the step."""
+def steps_in_range(width: Tensor, signed: bool) -> Tensor:
+    """The range divided by the step, in the dtype of the width, which is a floating one."""
     levels = width.exp2() - 1.0
     return levels / 2.0 if signed else levels
 
@@ -72,11 +72,11 @@ def _grid(bits: Tensor | int, like: Tensor, signed: bool, full: bool) -> Tensor:
     """What `round_forward` needs to know of a width, [5], in the dtype of the range."""
     width = _width(bits, like)
     low, high = code_limits(width, signed=signed, full=full)
-    steps_in_range = _steps_in_range(width, signed)
+    steps = steps_in_range(width, signed)
     # Half a step below the smallest signed code; nothing below zero where there is no sign.
-    other_end = (low - 0.5) / steps_in_range if signed else torch.zeros_like(width)
+    other_end = (low - 0.5) / steps if signed else torch.zeros_like(width)
     unrounded = (width >= UNROUNDED_WIDTH).to(width.dtype)
-    return torch.stack([steps_in_range, low, high, other_end, unrounded])
+    return torch.stack([steps, low, high, other_end, unrounded])
 
 
 def round_forward(x: Tensor, beta: Tensor, grid: Tensor) -> Tensor:

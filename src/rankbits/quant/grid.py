@@ -47,16 +47,19 @@ class Granularity(str, Enum):
 
 @dataclass(frozen=True)
 class RangeLayout:
-    """How a matrix [out, in] falls into parts with one range each.
+    """How a matrix [out, in] falls into parts with one range each, and how these are stored.
 
     Args:
         granularity: one range for the whole tensor, for each output channel (row), or for each group of consecutive
             inputs of a row.
         group_size: elements of a group; meaningful for groups alone.
+        scale_bits: bits that the step of each part is stored in once there is a single width: 32, 16 or 8
+            (`quant.scales`).
     """
 
     granularity: Granularity = Granularity.TENSOR
     group_size: int = 64
+    scale_bits: int = 32
 
     def parts(self, x: Tensor) -> Tensor:
         """A view of `x` over which ranges of `range_shape` broadcast.

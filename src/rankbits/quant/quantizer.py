@@ -13,6 +13,7 @@ from rankbits.errors import RankbitsWarning
 from rankbits.quant import kernels
 from rankbits.quant.codes import code_limits, round_to_grid, step_at
 from rankbits.quant.compensation import compensating_offsets
+from rankbits.quant.fixed_quantizer import round_with_offsets
 from rankbits.quant.float32_state import Float32State
 from rankbits.quant.grid import (
     PER_TENSOR,
@@ -21,8 +22,9 @@ from rankbits.quant.grid import (
     RangeLayout,
     Signedness,
     bits_of_gates,
-    compute_dtype,
 )
+from rankbits.quant.scales import headroom as scale_headroom
+from rankbits.quant.scales import stored_ranges
 
 FIT_FACTORS = tuple(1.0 - step / 31.0 for step in range(24))
 """Ranges that `fit` tries, in units of the one whose grid just reaches the largest magnitude: down to 0.26.
@@ -162,6 +164,13 @@ class Quantizer(Float32State):
             ranges = ranges * self.sides
         return ranges.squeeze(0) if self.layout.granularity is Granularity.TENSOR else ranges
 
+    def range_at(self, bits: Tensor | int) -> Tensor:
+        """The ranges that are stored with codes of one width; of the shape of `range_`, and differentiable like it."""
+        return self._storable(self.range_, bits)
+
+    def _storable(self, ranges: Tensor, bits: Tensor | int) -> Tensor:
+        return stored_ranges(ranges, bits, self.layout.scale_bits, signed=self.is_signed)
+
     @property
     def range_count(self) -> int:
         """How many ranges there are: what is stored beside the codes."""
@@ -233,7 +242,7 @@ class Quantizer(Float32State):
         self.forget_fit()
         values = x.detach().to(torch.float32)
         reached = self.layout.magnitudes(values).clamp(min=RANGE_FLOOR) / (1.0 - 1.0 / (2.0**bits - 1.0))
-        self.log_range.copy_(reached.log())
+        self.log_range.copy_((reached * scale_headroom(self.layout.scale_bits)).log())
         self.fitted.fill_(True)
         if bits > FITTED_BITS:
             return
@@ -241,7 +250,7 @@ class Quantizer(Float32State):
         best, least = widest, torch.full_like(widest, math.inf)
         signs = (1.0, -1.0) if self.full else (1.0,)
         for factor in (sign * size for size in FIT_FACTORS for sign in signs):
-            candidate = widest * factor
+            candidate = self._storable(widest * factor, bits)
             error = (round_to_grid(parts, candidate, bits, signed=self.is_signed, full=self.full) - parts).square()
             total = error.sum() if candidate.dim() == 0 else error.sum(dim=-1, keepdim=True)
             best, least = torch.where(total < least, candidate, best), torch.minimum(total, least)
@@ -269,7 +278,7 @@ class Quantizer(Float32State):
         if self.offsets is None or not self.is_calibrated or bits >= UNROUNDED_WIDTH:
             return
         parts = self.layout.parts(x)
-        step = step_at(self.range_, bits, signed=self.is_signed).expand_as(parts).reshape(x.shape)
+        step = step_at(self.range_at(bits), bits, signed=self.is_signed).expand_as(parts).reshape(x.shape)
         low, high = code_limits(torch.tensor(float(bits)), signed=self.is_signed, full=self.full)
         self.offsets.copy_(compensating_offsets(x, step, (int(low), int(high)), moment))
 
@@ -321,7 +330,8 @@ class Quantizer(Float32State):
         """`x` at the width of hard, chained gates [4]; `x` itself while there is no range. Records nothing."""
         if not self.is_calibrated:
             return x
-        return _rounded(self, x, self.range_, bits_of_gates(gates))
+        bits = bits_of_gates(gates)
+        return round_with_offsets(self, x, self.range_at(bits), bits)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -329,64 +339,6 @@ class Quantizer(Float32State):
         return f"calibration_passes={self.calibration_passes}, {self.signedness.value}, one range per {granularity}"
 
 
-class FixedQuantizer(Float32State):
-    """A quantizer whose width and range were decided: what hardening leaves.
-
-    Args:
-        bits: 2, 4, 8, 16 or 32.
-        signed: whether the grid covers both sides of zero.
-        layout: which elements share a range.
-        shape: shape of the weight, where ranges are finer than the tensor or codes are offset.
-        compensated: whether codes of a weight can be offset from the nearest ones.
-        full: whether the grid has all codes of its width, and ranges of either sign.
-    """
-
-    fixed_range: Tensor
-    offsets: Tensor | None
-    is_calibrated = True
-
-    def __init__(
-        self,
-        bits: int,
-        *,
-        signed: bool = True,
-        layout: RangeLayout = PER_TENSOR,
-        shape: tuple[int, ...] = (),
-        compensated: bool = False,
-        full: bool = False,
-    ) -> None:
-        super().__init__()
-        self.bits = bits
-        self.is_signed = signed
-        self.layout = layout
-        self.full = full
-        ranges = () if layout.granularity is Granularity.TENSOR else layout.range_shape(shape)
-        self.register_buffer("fixed_range", torch.ones(ranges, dtype=torch.float32))
-        self.register_buffer("offsets", torch.zeros(shape, dtype=torch.int8) if compensated else None)
-
-    @property
-    def range_count(self) -> int:
-        """How many ranges there are: what is stored beside the codes."""
-        return self.fixed_range.numel()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Round `x` to the grid; the result has its shape and dtype."""
-        return _rounded(self, x, self.fixed_range, self.bits)
-
-    def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
-        return f"bits={self.bits}, {'signed' if self.is_signed else 'unsigned'}"
-
-
 def has_company() -> bool:
     """Whether other processes train the same model."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _rounded(quantizer: Quantizer | FixedQuantizer, x: Tensor, range_: Tensor, bits: Tensor | int) -> Tensor:
-    """`x` at one width, each code as far from the nearest one as its offset says; of the shape and dtype of `x`."""
-    parts, signed = quantizer.layout.parts(x), quantizer.is_signed
-    if quantizer.offsets is not None:
-        beta = range_.to(compute_dtype(x.dtype))
-        parts = parts.to(beta.dtype) + quantizer.layout.parts(quantizer.offsets) * step_at(beta, bits, signed=signed)
-    return round_to_grid(parts, range_, bits, signed=signed, full=quantizer.full).to(x.dtype).reshape(x.shape)

@@ -88,6 +88,7 @@ def grids_of(settings: Keys | AdapterSection) -> dict[str, Any]:
         "placement": Placement(settings.placement),
         "compensated": settings.rounding == "compensated",
         "all_codes": settings.code_range == "full",
+        "scale_bits": settings.scale_bits,
         "granularity": Granularity(settings.granularity),
         "group_size": settings.group_size,
         "share_inputs": settings.share_inputs,

@@ -53,6 +53,7 @@ def _bayesian_lora(recipe: Recipe, _model: PreTrainedModel) -> PeftConfig:
         placement=adapter.placement,
         rounding=adapter.rounding,
         code_range=adapter.code_range,
+        scale_bits=adapter.scale_bits,
         granularity=adapter.granularity,
         group_size=adapter.group_size,
         share_inputs=adapter.share_inputs,

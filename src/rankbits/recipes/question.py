@@ -41,6 +41,7 @@ GRIDS = (
     "placement",
     "rounding",
     "code_range",
+    "scale_bits",
     "granularity",
     "group_size",
     "share_inputs",
@@ -92,6 +93,7 @@ class Keys(BaseModel):
     placement: Literal["separate", "merged"] = Field(default="separate", description="separate or merged")
     rounding: Literal["nearest", "compensated"] = Field(default="nearest", description="nearest or compensated")
     code_range: Literal["narrow", "full"] = Field(default="narrow", description="narrow or full")
+    scale_bits: Literal[32, 16, 8] = Field(default=32, description="32, 16 or 8: bits of each scale of a weight")
     granularity: Literal["tensor", "channel", "group"] = Field(
         default="tensor", description="tensor, channel or group: which numbers of a weight share a range"
     )

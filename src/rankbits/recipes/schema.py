@@ -133,6 +133,9 @@ class AdapterSection(BaseModel):
     code_range: Literal["narrow", "full"] = Field(
         default="narrow", description="narrow or full: whether a weight has 2^b - 1 or all 2^b codes at its final width"
     )
+    scale_bits: Literal[32, 16, 8] = Field(
+        default=32, description="32, 16 or 8: bits that each scale of a weight is stored in at its final width"
+    )
     granularity: Literal["tensor", "channel", "group"] = Field(
         default="tensor", description="tensor, channel or group: which numbers of a weight share a range"
     )

@@ -18,6 +18,7 @@ Size = Annotated[int, Field(ge=1)]
 Elements = Annotated[int, Field(ge=0)]
 Width = Literal[2, 4, 8, 16, 32]
 ReferenceBits = Literal[16, 32]
+ScaleBits = Literal[32, 16, 8]
 Executed = Literal["int4", "int8", "fp16", "fp32"]
 
 REFERENCES: tuple[ReferenceBits, ...] = (16, 32)
@@ -26,6 +27,12 @@ INTEGER_KERNELS: tuple[Executed, ...] = ("int4", "int8")
 EXECUTED_BITS: dict[Executed, int] = {"int4": 4, "int8": 8, "fp16": 16, "fp32": 32}
 SCALE_BYTES = 4
 """One float32 scale per range of a packed tensor."""
+
+
+def scale_bytes(scales: int, bits: int) -> int:
+    """Bytes of the scales of one packed tensor: those narrower than 32 bits share a factor of 4 bytes."""
+    shared = SCALE_BYTES if scales and bits < 8 * SCALE_BYTES else 0
+    return (scales * bits + 7) // 8 + shared
 
 
 def executed_as(left: int, right: int, *, float_bits: int = 32, int4: bool = False) -> Executed:
@@ -157,6 +164,7 @@ class WeightRecord(Frozen):
         elements: how many numbers.
         bits: width of each.
         scales: ranges that come with it when it is packed.
+        scale_bits: width of each.
         adapter: name of the adapter it belongs to, None for the base model.
     """
 
@@ -165,12 +173,13 @@ class WeightRecord(Frozen):
     elements: Elements
     bits: Width = 32
     scales: Elements = 0
+    scale_bits: ScaleBits = Field(default=32, exclude_if=lambda bits: bits == 32)
     adapter: str | None = None
 
     @property
     def size_bytes(self) -> int:
         """Bytes when packed without gaps, with its scales."""
-        return (self.elements * self.bits + 7) // 8 + self.scales * SCALE_BYTES
+        return (self.elements * self.bits + 7) // 8 + scale_bytes(self.scales, self.scale_bits)
 
 
 class CostRecord(Frozen):

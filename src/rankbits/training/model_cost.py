@@ -16,7 +16,7 @@ from rankbits.accounting.measure.quantized import opaque_weight_bits, scale_coun
 from rankbits.accounting.spec import Method, MethodSpec, ModelShape
 from rankbits.errors import ModelError, ScheduleError
 from rankbits.records import CountOptions, Product
-from rankbits.records.costs import SCALE_BYTES
+from rankbits.records.costs import SCALE_BYTES, scale_bytes
 from rankbits.training.cost_terms import Cost, Term, Terms
 from rankbits.training.gate_table import GateTable
 from rankbits.tuners.bayesian_lora import BayesianLoraLinear, GatedLayer, gated_layers
@@ -112,7 +112,7 @@ class ModelCost:
         if budget.quantity is Quantity.BITS:
             numbers = [self._ranked(p, (size, None, None, None), site is not Site.WEIGHT) for p, site, size in weights]
             return Cost(self._terms(stored), self._terms(numbers), presses_ranks=False)
-        scales = sum(_ranges(p, site) for p, site, _ in weights) * SCALE_BYTES * BITS_PER_BYTE
+        scales = sum(_scale_bytes(p, site) for p, site, _ in weights) * BITS_PER_BYTE
         terms = self._terms([*stored, (scales, None, None, None)], unit=BITS_PER_BYTE)
         return Cost(terms, float(sum(p.base_macs for p in self.priced) * budget.reference_bits))
 
@@ -256,12 +256,12 @@ def _weights(priced: Priced) -> list[tuple[Site, int]]:
     return [*weights, (Site.DOWN, layer.in_features), (Site.DIAGONAL, 1), (Site.UP, layer.out_features)]
 
 
-def _ranges(priced: Priced, site: Site) -> int:
-    """How many scales are stored beside the codes of a weight."""
+def _scale_bytes(priced: Priced, site: Site) -> int:
+    """Bytes of the scales that are stored beside the codes of a weight."""
     if site is Site.WEIGHT and _kept_width(priced) is not None:
-        return scale_count(cast(BayesianLoraLinear, priced.layer).get_base_layer())
-    quantizer = priced.layer.quantizer_of(priced.adapter, site)
-    return 0 if quantizer is None else int(cast(Any, quantizer).range_.numel())
+        return scale_count(cast(BayesianLoraLinear, priced.layer).get_base_layer()) * SCALE_BYTES
+    quantizer: Any = priced.layer.quantizer_of(priced.adapter, site)
+    return 0 if quantizer is None else scale_bytes(quantizer.range_count, quantizer.layout.scale_bits)
 
 
 def _kept_width(priced: Priced) -> int | None:

@@ -153,6 +153,9 @@ def test_a_rounded_sum_leaves_the_weight_alone() -> None:
     assert expectation(SHAPE, merged, OPTIONS, Budget(Quantity.BITS, 4.0)).mean_bits == pytest.approx(4.0)
     share = ((4096 + 2048) / 2 + 4 * (64 + 32)) / ((4096 + 2048) * 2)
     assert expectation(SHAPE, merged, OPTIONS, Budget(Quantity.BYTES, share)).mean_bits == pytest.approx(4.0)
+    narrow = replace(merged, scale_bits=16)
+    share = ((4096 + 2048) / 2 + 2 * (64 + 32) + 2 * 4) / ((4096 + 2048) * 2)
+    assert expectation(SHAPE, narrow, OPTIONS, Budget(Quantity.BYTES, share)).mean_bits == pytest.approx(4.0)
 
 
 def test_the_whole_model_has_its_attention_and_other_layers() -> None:

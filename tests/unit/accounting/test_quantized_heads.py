@@ -45,6 +45,7 @@ def _spec(placement: Placement) -> MethodSpec:
         learn_rank=False,
         placement=placement,
         granularity=Granularity.CHANNEL,
+        scale_bits=16,
         quantize_head=True,
         trained_in_full=("pooler", "classifier"),
     )
@@ -62,6 +63,7 @@ def _live(spec: MethodSpec) -> Any:
         learn_rank=False,
         placement=spec.placement.value,
         granularity=spec.granularity.value,
+        scale_bits=spec.scale_bits,
         init_weights=False,
         calibration_passes=1,
         quantize_head=True,
@@ -80,7 +82,7 @@ def _products(record: CostRecord) -> Counter[tuple[Any, ...]]:
 
 
 def _weights(record: CostRecord) -> Counter[tuple[Any, ...]]:
-    return Counter((w.module, w.operand, w.elements, w.bits, w.scales, w.adapter) for w in record.weights)
+    return Counter((w.module, w.operand, w.elements, w.bits, w.scales, w.scale_bits, w.adapter) for w in record.weights)
 
 
 @pytest.mark.parametrize("form", ["merged", "unmerged"])

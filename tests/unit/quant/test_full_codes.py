@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from rankbits.quant.codes import codes, round_to_grid, step_at
+from rankbits.quant.fixed_quantizer import FixedQuantizer
 from rankbits.quant.grid import Granularity, RangeLayout, bits_of_gates
-from rankbits.quant.quantizer import FixedQuantizer, Quantizer
+from rankbits.quant.quantizer import Quantizer
 
 LAYOUTS = [RangeLayout(), RangeLayout(Granularity.CHANNEL), RangeLayout(Granularity.GROUP, 8)]
 COARSEST = torch.zeros(4, dtype=torch.bool)

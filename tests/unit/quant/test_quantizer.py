@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rankbits.quant.codes import round_to_grid
+from rankbits.quant.fixed_quantizer import FixedQuantizer
 from rankbits.quant.grid import BIT_WIDTHS, Signedness
-from rankbits.quant.quantizer import FixedQuantizer, Quantizer
+from rankbits.quant.quantizer import Quantizer
 
 SOFT = torch.tensor([0.9, 0.5, 0.7, 0.3])
 

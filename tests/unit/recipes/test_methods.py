@@ -240,14 +240,15 @@ def test_settings_of_other_methods_are_not_part_of_the_work(asked: tuple[str, ..
 
 
 def test_how_a_weight_is_rounded_reaches_the_adapter_and_the_work() -> None:
-    names = ("placement", "rounding", "code_range", "granularity", "group_size")
-    assert _fields(_config("bayesian-lora"), *names) == ["separate", "nearest", "narrow", "tensor", 64]
-    asked = ("merged", "compensated", "full", "group", 32)
+    names = ("placement", "rounding", "code_range", "scale_bits", "granularity", "group_size")
+    assert _fields(_config("bayesian-lora"), *names) == ["separate", "nearest", "narrow", 32, "tensor", 64]
+    asked = ("merged", "compensated", "full", 8, "group", 32)
     changes = [f"adapter.{name}={value}" for name, value in zip(names, asked, strict=True)]
     assert _fields(_config("bayesian-lora", *changes), *names) == list(asked)
-    one, other = (load("quickstart", [f"adapter.code_range={given}"]) for given in ("full", "narrow"))
-    assert work_of(one)["adapter"].pop("code_range") == "full"
-    assert "code_range" not in work_of(other)["adapter"]
+    for name, new, usual in (("code_range", "full", "narrow"), ("scale_bits", 16, 32)):
+        one, other = (load("quickstart", [f"adapter.{name}={given}"]) for given in (new, usual))
+        assert work_of(one)["adapter"].pop(name) == new
+        assert name not in work_of(other)["adapter"]
 
 
 def test_a_start_at_the_mean_is_part_of_the_work_where_it_is_asked_for() -> None:

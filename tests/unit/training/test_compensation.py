@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -278,11 +279,14 @@ def test_layers_are_looked_at_a_few_at_a_time_where_memory_is_short(monkeypatch:
     assert _offsets(one_by_one)[1].any()
 
 
-@pytest.mark.parametrize("settings", [{}, {"code_range": "full"}, {"code_range": "full", "rounding": "nearest"}])
+FULL = {"code_range": "full"}
+
+
+@pytest.mark.parametrize("settings", [{}, FULL, FULL | {"rounding": "nearest"}, FULL | {"scale_bits": 8}])
 @pytest.mark.parametrize("budget", ["bits=4", "bits=2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hardening_merging_and_saving_keep_every_bit(
-    tmp_path: Path, dtype: torch.dtype, budget: str, settings: dict[str, str]
+    tmp_path: Path, dtype: torch.dtype, budget: str, settings: dict[str, Any]
 ) -> None:
     model = _model(**settings)
     model = model.to(dtype)

@@ -64,6 +64,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "placement": "merged",
         "quantizers": ["weight", "input", "output"],
         "granularity": "channel",
+        "scale_bits": 8,
         "tie_groups": "fused",
     },
     "separate": {"quantizers": ALL_SITES},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -116,8 +116,8 @@ def _head(root: nn.Module, name: str) -> QuantizedHeadLinear:
     return layer
 
 
-def _narrow_weights(root: nn.Module, learned: Learned, *, merged: bool) -> dict[int, tuple[int, int]]:
-    """Width and number of ranges of base weights that lie on a grid, by their identity.
+def _narrow_weights(root: nn.Module, learned: Learned, *, merged: bool) -> dict[int, dict[str, int]]:
+    """Width of base weights on a grid, and number and width of their scales, by their identity.
 
     Beside an update that is rounded by itself W0 does; a sum does once it is merged.
     """
@@ -126,29 +126,28 @@ def _narrow_weights(root: nn.Module, learned: Learned, *, merged: bool) -> dict[
         layer = _bayesian(root, name)
         if "weight" in entry.bits and rounds_sum(layer, adapter) == (merged or layer.merged):
             quantizer = layer.quantizers_of(adapter)["weight"]
-            found[id(layer.get_base_layer().weight)] = entry.bits["weight"], quantizer.range_count
+            found[id(layer.get_base_layer().weight)] = _packed(entry.bits["weight"], quantizer)
     for (name, adapter), entry in learned.heads.items():
         head = _head(root, name)
-        found[id(head.weight)] = entry.bits["weight"], head.quantizers_of(adapter)["weight"].range_count
+        found[id(head.weight)] = _packed(entry.bits["weight"], head.quantizers_of(adapter)["weight"])
     return found
 
 
-def _base_record(name: str, module: nn.Module, last: str, narrow: tuple[int, int] | None) -> WeightRecord:
+def _packed(bits: int, quantizer: Any) -> dict[str, int]:
+    return {"bits": bits, "scales": quantizer.range_count, "scale_bits": quantizer.layout.scale_bits}
+
+
+def _base_record(name: str, module: nn.Module, last: str, narrow: dict[str, int] | None) -> WeightRecord:
     parameter = module._parameters[last]
     assert parameter is not None
-    elements, bits, scales = parameter.numel(), dtype_bits(parameter), 0
+    elements, form = parameter.numel(), {"bits": dtype_bits(parameter)}
     packed = opaque_weight_bits(module) if last == "weight" else None
     if packed is not None:
-        elements, bits, scales = int(module.in_features) * int(module.out_features), packed, scale_count(module)  # type: ignore[arg-type]
-    if narrow is not None:
-        bits, scales = narrow
-    return WeightRecord(
-        module=base_name(name),
-        operand=_operand(module, last, parameter.dim()),
-        elements=elements,
-        bits=cast(Width, bits),
-        scales=scales,
-    )
+        elements = int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
+        form = {"bits": packed, "scales": scale_count(module)}
+    operand = _operand(module, last, parameter.dim())
+    given = {"module": base_name(name), "operand": operand, "elements": elements}
+    return WeightRecord.model_validate(given | (narrow or form))
 
 
 def _virtual_tokens(name: str, parameter: nn.Parameter) -> WeightRecord:

@@ -10,7 +10,8 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from rankbits.quant.quantizer import FixedQuantizer, Quantizer
+from rankbits.quant.fixed_quantizer import FixedQuantizer
+from rankbits.quant.quantizer import Quantizer
 from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig, Operand, Placement, RankGate, Site, start_of
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
 from rankbits.tuners.bayesian_lora.reuse import Rounded, SharedResult

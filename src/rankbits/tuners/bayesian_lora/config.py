@@ -11,6 +11,7 @@ from peft import PeftConfig
 
 from rankbits.gates.hard_concrete import OPEN_LOGIT
 from rankbits.quant.grid import Granularity, RangeLayout
+from rankbits.quant.scales import SCALE_BITS
 from rankbits.tuners.peft_type import RankbitsPeftType, is_integer, names_as_sets
 
 
@@ -129,6 +130,8 @@ class BayesianLoraConfig(PeftConfig):
             outputs (Frantar et al. 2023). The adapter then stores a byte for each number of the weight.
         code_range: "narrow" leaves a weight 2^b - 1 codes at b bits, 3 of 4 at 2 bits; "full" gives it all of them once
             its width is known, one more below zero or, where a step is negative, above it.
+        scale_bits: bits that each step of the weight's grid is stored in once its width is known: 32, or 16 (half
+            precision) or 8 (E4M3) with a power of two that the tensor shares.
         granularity: which elements of the weight share a range: "tensor", "channel" (a row) or "group" (consecutive
             inputs of a row). Factors of the update and activations have one range each.
         group_size: elements of a group; it has to divide the inputs of every adapted layer.
@@ -171,6 +174,7 @@ class BayesianLoraConfig(PeftConfig):
     placement: str = field(default="separate", metadata={"help": "'separate' or 'merged'"})
     rounding: str = field(default="nearest", metadata={"help": "'nearest' or 'compensated'"})
     code_range: str = field(default="narrow", metadata={"help": "'narrow' or 'full'"})
+    scale_bits: int = field(default=32, metadata={"help": "32, 16 or 8: bits of each scale of the weight"})
     granularity: str = field(default="tensor", metadata={"help": "'tensor', 'channel' or 'group'"})
     group_size: int = field(default=64, metadata={"help": "weights of a group that share a range"})
     share_inputs: bool = field(default=True, metadata={"help": "one quantizer for an input that several layers read"})
@@ -209,6 +213,8 @@ class BayesianLoraConfig(PeftConfig):
             problems.append(f"`calibration_passes` must be >= 0, got {self.calibration_passes}")
         if self.group_size < 1:
             problems.append(f"`group_size` must be a positive integer, got {self.group_size}")
+        if self.scale_bits not in SCALE_BITS:
+            problems.append(f"`scale_bits` must be one of {list(SCALE_BITS)}, got {self.scale_bits!r}")
         if self.weight_gradient_rows is not None and self.weight_gradient_rows < 1:
             problems.append(
                 f"`weight_gradient_rows` must be a positive integer or None, got {self.weight_gradient_rows}"
@@ -287,8 +293,8 @@ class BayesianLoraConfig(PeftConfig):
 
     @property
     def range_layout(self) -> RangeLayout:
-        """Which elements of the weight share a range."""
-        return RangeLayout(Granularity(self.granularity), self.group_size)
+        """Which elements of the weight share a range, and how its scales are stored."""
+        return RangeLayout(Granularity(self.granularity), self.group_size, self.scale_bits)
 
     @property
     def hardened(self) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from rankbits.errors import HardenError
-from rankbits.quant.quantizer import FixedQuantizer, Quantizer
+from rankbits.quant.fixed_quantizer import FixedQuantizer
+from rankbits.quant.quantizer import Quantizer
 from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig, Site
 from rankbits.tuners.bayesian_lora.find import GatedLayer, adapted_layers, layers_of
 from rankbits.tuners.bayesian_lora.head import QuantizedHeadLinear, base_key
@@ -115,6 +116,6 @@ def _fix(quantizer: Quantizer, width: int) -> FixedQuantizer:
     fixed = FixedQuantizer(
         width, signed=quantizer.is_signed, layout=quantizer.layout, shape=quantizer.shape, full=quantizer.full
     )
-    fixed.fixed_range = quantizer.range_.detach().clone()
+    fixed.fixed_range = quantizer.range_at(width).detach().clone()
     fixed.offsets = None if quantizer.offsets is None else quantizer.offsets.clone()
     return fixed

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from rankbits.quant.fixed_quantizer import FixedQuantizer
 from rankbits.quant.grid import bits_of_gates
-from rankbits.quant.quantizer import FixedQuantizer, Quantizer
+from rankbits.quant.quantizer import Quantizer
 from rankbits.tuners.bayesian_lora.adapters import GatePhase
 from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig, RankGate, Site
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates

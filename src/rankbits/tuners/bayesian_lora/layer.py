@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankbits.errors import MergeError, RankbitsWarning
-from rankbits.quant.quantizer import FixedQuantizer, Quantizer
+from rankbits.quant.fixed_quantizer import FixedQuantizer
+from rankbits.quant.quantizer import Quantizer
 from rankbits.tuners.bayesian_lora import products
 from rankbits.tuners.bayesian_lora.config import Placement, Site
 from rankbits.tuners.bayesian_lora.layer_gates import GateValues

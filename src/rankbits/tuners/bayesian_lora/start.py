@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from rankbits.quant.fixed_quantizer import FixedQuantizer
 from rankbits.quant.grid import PER_TENSOR, Signedness
-from rankbits.quant.quantizer import FixedQuantizer, Quantizer
+from rankbits.quant.quantizer import Quantizer
 from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig, Site, Start
 
 DIAGONAL_HEADROOM = 1.5

@@ -10,8 +10,8 @@ from torch import nn
 
 from rankbits.gates import chain
 from rankbits.gates.hard_concrete import is_open, open_probability
+from rankbits.quant.fixed_quantizer import FixedQuantizer
 from rankbits.quant.grid import bits_of_gates, expected_bits
-from rankbits.quant.quantizer import FixedQuantizer
 from rankbits.records.certainty import DecidingGate, marginals, rank_gates, width_gates
 from rankbits.tuners.bayesian_lora.config import RankGate
 from rankbits.tuners.bayesian_lora.find import GatedLayer, layers_of

@@ -7,7 +7,7 @@ from torch import nn
 
 from rankbits import BayesianLoraConfig, GateSchedule, harden, summarize
 from rankbits.errors import HardenError
-from rankbits.quant.quantizer import FixedQuantizer
+from rankbits.quant.fixed_quantizer import FixedQuantizer
 from rankbits.tuners.bayesian_lora import adapted_layers
 
 ALL_SITES = ["weight", "down", "diagonal", "up", "down_output", "diagonal_output", "output", "input"]
