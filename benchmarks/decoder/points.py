@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 TASKS = ("e2e_nlg", "gsm8k")
 STEPS = 120
-GROUP, FINE_GROUP = 64, 32
-"""Weights that share a scale, in our quantizer and in rounding after training alike; scales of 4 bytes take 0.5 and 1
-bit of each weight."""
 EVALUATION_ROWS = {"e2e_nlg": 256, "gsm8k": 128}
 """Rows of the test split that are scored, drawn by the hash of their content: about 22,000 tokens of either task."""
 OURS = (
@@ -22,6 +19,29 @@ OURS = (
 )
 """The default recipe of the encoder's study, for weights alone."""
 BUDGETS = (3.5, 3.0, 2.5)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How scales are stored, in our quantizer and in rounding after training alike.
+
+    Args:
+        group: weights of a row that share a scale.
+        scale_bits: of each scale.
+    """
+
+    group: int
+    scale_bits: int = 32
+
+    @property
+    def label(self) -> str:
+        """What the name of a point says of it."""
+        size = "" if self == COARSE else f"-group{self.group}"
+        return size if self.scale_bits == 32 else f"{size}-scale{self.scale_bits}"
+
+
+COARSE, FINE, FINEST = Grid(64), Grid(32), Grid(8, 8)
+"""Scales take 0.5 bits of each weight, 1 bit, and 1 bit again: a byte for 8 weights instead of 4 bytes for 32."""
 
 
 @dataclass(frozen=True)
@@ -51,33 +71,28 @@ class Rounded:
     Args:
         task: whose LoRA model.
         bits: mean width; between two whole numbers, layers get the one or the other. None leaves them as they are.
-        group: weights that share a scale.
+        grid: what its scales are like.
     """
 
     task: str
     bits: float | None
-    group: int = GROUP
+    grid: Grid = COARSE
 
     @property
     def name(self) -> str:
         """Name of its file of results."""
         if self.bits is None:
             return f"{self.task}-merged"
-        return f"{self.task}-ptq-bits{self.bits:g}{_finer(self.group)}"
+        return f"{self.task}-ptq-bits{self.bits:g}{self.grid.label}"
 
 
-def _finer(group: int) -> str:
-    """What the name of a point says of its groups."""
-    return "" if group == GROUP else f"-group{group}"
-
-
-def ours(task: str, bits: float, group: int, code_range: str = "narrow") -> Trained:
+def ours(task: str, bits: float, grid: Grid, code_range: str = "full") -> Trained:
     """Learned widths of weights under a budget of mean bits, with 2^b - 1 or all 2^b codes at b bits."""
-    grid = (f"adapter.group_size={group}", f"adapter.code_range={code_range}")
+    form = (f"adapter.group_size={grid.group}", f"adapter.code_range={code_range}")
+    form = form if grid.scale_bits == 32 else (*form, f"adapter.scale_bits={grid.scale_bits}")
     suffix = "" if code_range == "narrow" else f"-{code_range}"
-    return Trained(
-        task, f"bayesian-lora-bits{bits:g}{_finer(group)}{suffix}", (*OURS, *grid, f"gates.budget=bits={bits:g}")
-    )
+    label = f"bayesian-lora-bits{bits:g}{grid.label}{suffix}"
+    return Trained(task, label, (*OURS, *form, f"gates.budget=bits={bits:g}"))
 
 
 def lora(task: str) -> Trained:
@@ -88,7 +103,7 @@ def lora(task: str) -> Trained:
 POINTS: tuple[Trained | Rounded, ...] = (
     *(lora(task) for task in TASKS),
     *(Rounded(task, bits) for bits in (None, 2, 2.5, 3, 3.5, 4) for task in TASKS),
-    *(ours(task, bits, FINE_GROUP, "full") for bits in BUDGETS for task in TASKS),
-    *(ours(task, bits, group) for group in (FINE_GROUP, GROUP) for bits in BUDGETS for task in TASKS),
-    *(Rounded(task, bits, FINE_GROUP) for bits in BUDGETS for task in TASKS),
+    *(ours(task, bits, grid) for grid in (FINEST, FINE) for bits in BUDGETS for task in TASKS),
+    *(ours(task, bits, grid, "narrow") for grid in (FINE, COARSE) for bits in BUDGETS for task in TASKS),
+    *(Rounded(task, bits, grid) for grid in (FINEST, FINE) for bits in BUDGETS for task in TASKS),
 )

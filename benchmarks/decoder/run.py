@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from points import EVALUATION_ROWS, POINTS, STEPS, TASKS, Rounded, Trained, lora
+from points import EVALUATION_ROWS, POINTS, STEPS, TASKS, Grid, Rounded, Trained, lora
 from rounding import round_model, stored_bytes
 from torch import nn
 from torch.utils.data import DataLoader
@@ -84,7 +84,7 @@ def round_and_score(point: Rounded, scratch: Path) -> dict[str, Any]:
         name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"
     }
     weights = sum(layer.weight.numel() for layer in layers.values())
-    widths = {} if point.bits is None else round_model(layers, point.bits, point.group)
+    widths = {} if point.bits is None else round_model(layers, point.bits, point.grid)
     mean = sum(width * layers[name].weight.numel() for name, width in widths.items()) / weights if widths else 32.0
     return {
         "name": point.name,
@@ -94,7 +94,7 @@ def round_and_score(point: Rounded, scratch: Path) -> dict[str, Any]:
         "scores": score(model, task, data),
         "mean_bits": mean,
         "bits": widths,
-        "weight_bytes": stored_bytes(weights, mean, point.group) if widths else 4 * weights,
+        "weight_bytes": stored_bytes(weights, mean, point.grid) if widths else 4 * weights,
         "versions": facts.versions(),
         "machine": facts.machine(),
     }
@@ -165,8 +165,9 @@ def _size(result: dict[str, Any]) -> tuple[float, float]:
     widths = {module["name"]: module["bits"].get("weight", 32) for module in result["modules"]}
     weights = sum(counts[name] for name in widths)
     mean = sum(counts[name] * bits for name, bits in widths.items()) / weights
-    group = result["recipe"]["adapter"]["group_size"]
-    return mean, 4 * weights if mean == 32 else stored_bytes(weights, mean, group)
+    form = result["recipe"]["adapter"]
+    grid = Grid(form["group_size"], form.get("scale_bits", 32))
+    return mean, 4 * weights if mean == 32 else stored_bytes(weights, mean, grid)
 
 
 def _loss(result: dict[str, Any]) -> float:

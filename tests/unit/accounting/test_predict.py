@@ -78,9 +78,7 @@ def test_a_rounded_sum_is_a_packed_weight_with_its_ranges_once_merged() -> None:
     narrow = {w.module: w for w in predict(SHAPE, OPTIONS, replace(spec, scale_bits=8)).weights if w.operand == "W0"}
     assert narrow["q"].size_bytes == 64 * 64 // 2 + 64 * 64 // 16 + 4, "a byte for each scale, and what they share"
     assert "scale_bits" in narrow["q"].model_dump()
-    assert "scale_bits" not in packed["q"].model_dump(), (
-        "where it says nothing new it is left out"
-    )
+    assert "scale_bits" not in packed["q"].model_dump(), "where it says nothing new it is left out"
     assert {w.adapter for w in merged.weights} == {None}
     bits = {p.module: (p.bits_left, p.bits_right) for p in merged.products if p.module in widths}
     assert bits == {"q": (8, 4), "v": (8, 2)}
