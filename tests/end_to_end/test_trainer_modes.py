@@ -25,7 +25,14 @@ MODES: dict[str, dict[str, Any]] = {
     "bfloat16": {"bf16": True},
 }
 PLACEMENTS: dict[str, dict[str, Any]] = {
-    "merged": {"placement": "merged", "weight_gradient_rows": 8},
+    "merged": {
+        "placement": "merged",
+        "weight_gradient_rows": 8,
+        "granularity": "group",
+        "group_size": 8,
+        "code_range": "full",
+        "scale_bits": 8,
+    },
     "separate": {"quantizers": ["weight", "input", "down", "up", "diagonal_output"]},
 }
 
