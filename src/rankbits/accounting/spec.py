@@ -249,7 +249,7 @@ class MethodSpec:
         placement: what the weight's quantizer rounds (Bayesian-LoRA).
         compensated: codes of weights have offsets from the nearest ones, a byte each (Bayesian-LoRA).
         all_codes: grids of weights are full: a byte for each of their ranges, while these learn (Bayesian-LoRA).
-        scale_bits: bits that each scale of a weight is stored in, (Bayesian-LoRA).
+        scale_bits: bits that each scale of a weight is stored in (Bayesian-LoRA).
         granularity: which elements of the weight share a range; all other tensors have one (Bayesian-LoRA).
         group_size: consecutive inputs of a row that share a range, where ranges go by groups.
         share_inputs: layers that read the same tensor have one quantizer for it (Bayesian-LoRA).

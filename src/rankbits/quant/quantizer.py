@@ -166,7 +166,11 @@ class Quantizer(Float32State):
 
     def range_at(self, bits: Tensor | int) -> Tensor:
         """The ranges that are stored with codes of one width; of the shape of `range_`, and differentiable like it."""
-        return self._storable(self.range_, bits)
+        if self.layout.scale_bits == 32:
+            return self.range_
+        # Before the fit a range is the largest magnitude, which a step that is rounded down would clip.
+        room = torch.where(self.fitted, 1.0, scale_headroom(self.layout.scale_bits))
+        return self._storable(self.range_ * room, bits)
 
     def _storable(self, ranges: Tensor, bits: Tensor | int) -> Tensor:
         return stored_ranges(ranges, bits, self.layout.scale_bits, signed=self.is_signed)
@@ -229,8 +233,8 @@ class Quantizer(Float32State):
         """Choose the ranges of a weight for one width, once: a second call changes nothing unless it says so.
 
         The largest value of a grid lies below its range, by a factor of 1.5 at 2 bits. From 8 bits on each range
-        becomes what reaches the largest magnitude; at 2 and 4 bits what rounds with the least squared error, out of
-        `FIT_FACTORS` times that, on either side of zero if the grid is full.
+        becomes what reaches the largest magnitude, however its step is rounded to be stored; at 2 and 4 bits what
+        rounds with the least squared error, out of `FIT_FACTORS` times that, on either side of zero if it is full.
 
         Args:
             x: the weight.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rankbits.quant.codes import steps_in_range
+from rankbits.quant.grid import UNROUNDED_WIDTH
 
 SCALE_BITS = (32, 16, 8)
 """Widths that scales can be stored in: float32, half precision and E4M3."""
@@ -26,8 +27,9 @@ class _Stored(torch.autograd.Function):
     """Ranges whose steps are as stored, straight-through."""
 
     @staticmethod
-    def forward(ctx: Any, ranges: Tensor, per_step: Tensor, scale_bits: int) -> Tensor:
-        return per_step * stored_steps(ranges / per_step, scale_bits)
+    def forward(ctx: Any, ranges: Tensor, steps: Tensor, scale_bits: int) -> Tensor:
+        """`ranges` of `steps` steps each."""
+        return steps * stored_steps(ranges / steps, scale_bits)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -44,14 +46,15 @@ def stored_ranges(ranges: Tensor, bits: Tensor | int, scale_bits: int, *, signed
         signed: whether the grid covers both sides of zero.
 
     Returns:
-        The same shape and dtype; differentiable in `ranges`, straight-through. What can be stored stays as it is.
-        Their quotients by `step_at` are the stored steps, bit for bit where step and code have 24 bits together.
+        The same shape and dtype; differentiable in `ranges`, straight-through. What can be stored stays as it is, and
+        so do ranges of numbers that are not rounded. `codes.step_at` makes the stored steps of them, bit for bit but
+        for half precision beside codes of 16 bits, which have more digits together than float32.
     """
     if scale_bits == SCALE_BITS[0]:
         return ranges
     width = bits.to(ranges) if isinstance(bits, Tensor) else ranges.new_full((), bits)
     stored: Tensor = _Stored.apply(ranges, steps_in_range(width, signed), scale_bits)  # type: ignore[no-untyped-call]
-    return stored
+    return torch.where(width < UNROUNDED_WIDTH, stored, ranges)
 
 
 def headroom(scale_bits: int) -> float:

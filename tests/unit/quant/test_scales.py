@@ -10,7 +10,7 @@ from rankbits.quant.codes import codes, step_at
 from rankbits.quant.fixed_quantizer import FixedQuantizer
 from rankbits.quant.grid import Granularity, RangeLayout, bits_of_gates
 from rankbits.quant.quantizer import Quantizer
-from rankbits.quant.scales import OCTAVES, SCALE_BITS, stored_ranges, stored_steps
+from rankbits.quant.scales import OCTAVES, SCALE_BITS, headroom, stored_ranges, stored_steps
 
 NARROW = (16, 8)
 FORMATS = {16: (torch.float16, 15), 8: (torch.float8_e4m3fn, 7)}
@@ -112,6 +112,22 @@ def test_narrow_scales_cost_little_because_the_fit_knows_them(bits: int) -> None
     errors = {scale_bits: _error(quantizer, weight, bits) for scale_bits, quantizer in fitted.items()}
     assert errors[32] <= errors[8] < _error(unaware, weight, bits)
     assert errors[16] < 1.001 * errors[32]
+
+
+@pytest.mark.parametrize("open_gates", [2, 3, 4])
+@pytest.mark.parametrize("scale_bits", NARROW)
+def test_before_the_fit_nothing_is_clipped(scale_bits: int, open_gates: int) -> None:
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(6))
+    layout = RangeLayout(Granularity.GROUP, 8, scale_bits)
+    quantizer = Quantizer(calibration_passes=0, layout=layout, shape=(64, 64))
+    quantizer.calibrate_to(weight)
+    gates = torch.arange(4) < open_gates
+    bits = int(bits_of_gates(gates))
+    error = quantizer.layout.parts(quantizer.rounded(weight, gates) - weight).abs()
+    # A range is reached but for half a step, and numbers of 32 bits are not rounded.
+    allowed = 0.0 if bits == 32 else 1.01 * step_at(quantizer.range_at(bits), bits).abs()
+    assert bool((error <= allowed + 1e-6).all())
+    assert torch.equal(quantizer.range_at(32), quantizer.range_ * headroom(scale_bits))
 
 
 @pytest.mark.parametrize("scale_bits", NARROW)

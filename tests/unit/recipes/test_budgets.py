@@ -25,12 +25,20 @@ def test_a_recipe_s_budgets_are_at_its_longest_rows():
 
 
 def test_where_grids_lie_is_asked_of_recipes_and_keys():
-    grids = ["placement=merged", "granularity=group", "group_size=32", "share_inputs=false", "tie_groups=fused"]
+    grids = [
+        "placement=merged",
+        "granularity=group",
+        "group_size=32",
+        "scale_bits=16",
+        "share_inputs=false",
+        "tie_groups=fused",
+    ]
     of_recipe = from_recipe(load("quickstart", [f"adapter.{grid}" for grid in grids])).spec
     of_keys = from_keys("minilm", [*grids, LENGTH]).spec
     for spec in (of_recipe, of_keys):
         assert spec.sites == ("weight", "input")
-        assert (spec.placement, spec.granularity, spec.group_size) == (Placement.MERGED, Granularity.GROUP, 32)
+        assert (spec.placement, spec.granularity) == (Placement.MERGED, Granularity.GROUP)
+        assert (spec.group_size, spec.scale_bits) == (32, 16)
         assert (spec.share_inputs, spec.tie_groups, spec.rounds_sum) == (False, True, True)
 
 

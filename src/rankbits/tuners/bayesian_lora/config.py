@@ -213,7 +213,7 @@ class BayesianLoraConfig(PeftConfig):
             problems.append(f"`calibration_passes` must be >= 0, got {self.calibration_passes}")
         if self.group_size < 1:
             problems.append(f"`group_size` must be a positive integer, got {self.group_size}")
-        if self.scale_bits not in SCALE_BITS:
+        if not is_integer(self.scale_bits) or self.scale_bits not in SCALE_BITS:
             problems.append(f"`scale_bits` must be one of {list(SCALE_BITS)}, got {self.scale_bits!r}")
         if self.weight_gradient_rows is not None and self.weight_gradient_rows < 1:
             problems.append(

@@ -21,7 +21,7 @@ def test_all_problems_are_reported_together() -> None:
             init_weights="gauss",
             quantizers=["weight", "wieght"],
             code_range="wide",
-            scale_bits=4,
+            scale_bits=8.0,
             layers_pattern="layers",
         )
     expected = [
@@ -33,7 +33,7 @@ def test_all_problems_are_reported_together() -> None:
         "`rank_gate` must be one of ['ste', 'hard_concrete'], got 'soft'",
         "`init_weights` must be True, False, 'lora' or 'adalora', got 'gauss'",
         "`code_range` must be one of ['narrow', 'full'], got 'wide'",
-        "`scale_bits` must be one of [32, 16, 8], got 4",
+        "`scale_bits` must be one of [32, 16, 8], got 8.0",
         "`quantizers` has unknown names ['wieght']",
         "`layers_pattern` needs `layers_to_transform`",
     ]
