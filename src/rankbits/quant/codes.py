@@ -29,7 +29,7 @@ def step_at(range_: Tensor, bits: Tensor | int, *, signed: bool = True) -> Tenso
         bits: width, an int or an integer tensor that broadcasts over `range_`; meaningful for 2, 4, 8 and 16.
         signed: whether the grid covers both sides of zero.
     """
-    return hold_step(range_ / steps_in_range(_width(bits, range_), signed))
+    return hold_step(range_ / steps_in_range(width_like(bits, range_), signed))
 
 
 def codes(x: Tensor, step: Tensor, bits: Tensor | int, *, signed: bool = True, full: bool = False) -> Tensor:
@@ -45,11 +45,11 @@ def codes(x: Tensor, step: Tensor, bits: Tensor | int, *, signed: bool = True, f
     Returns:
         Codes of the shape of `x`, as whole numbers in the computing dtype. Bayesian-LoRA, Eq. 3.
     """
-    low, high = code_limits(_width(bits, step), signed=signed, full=full)
+    low, high = code_limits(width_like(bits, step), signed=signed, full=full)
     return torch.clamp(torch.round(x.to(step.dtype) / step), low, high)
 
 
-def _width(bits: Tensor | int, like: Tensor) -> Tensor:
+def width_like(bits: Tensor | int, like: Tensor) -> Tensor:
     """The width as a tensor on the device and of the dtype of `like`; a number is not copied there, but filled in."""
     return bits.to(like) if isinstance(bits, Tensor) else torch.full((), bits, dtype=like.dtype, device=like.device)
 
@@ -70,7 +70,7 @@ def code_limits(width: Tensor, *, signed: bool, full: bool) -> tuple[Tensor, Ten
 
 def _grid(bits: Tensor | int, like: Tensor, signed: bool, full: bool) -> Tensor:
     """What `round_forward` needs to know of a width, [5], in the dtype of the range."""
-    width = _width(bits, like)
+    width = width_like(bits, like)
     low, high = code_limits(width, signed=signed, full=full)
     steps = steps_in_range(width, signed)
     # Half a step below the smallest signed code; nothing below zero where there is no sign.

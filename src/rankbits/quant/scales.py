@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankbits.quant.codes import steps_in_range
+from rankbits.quant.codes import steps_in_range, width_like
 from rankbits.quant.grid import UNROUNDED_WIDTH
 
 SCALE_BITS = (32, 16, 8)
@@ -52,7 +52,7 @@ def stored_ranges(ranges: Tensor, bits: Tensor | int, scale_bits: int, *, signed
     """
     if scale_bits == SCALE_BITS[0]:
         return ranges
-    width = bits.to(ranges) if isinstance(bits, Tensor) else ranges.new_full((), bits)
+    width = width_like(bits, ranges)
     stored: Tensor = _Stored.apply(ranges, steps_in_range(width, signed), scale_bits)  # type: ignore[no-untyped-call]
     return torch.where(width < UNROUNDED_WIDTH, stored, ranges)
 

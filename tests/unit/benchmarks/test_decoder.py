@@ -60,3 +60,12 @@ def test_rounding_after_training_has_the_scales_that_are_counted(modules_of) -> 
     narrow = (rounding.rounded(weight, 4, points.FINEST) - weight).square().mean()
     assert exact < narrow < 1.3 * exact
     assert [rounding.stored_bytes(64, 4, grid) for grid in (points.COARSE, points.FINE, points.FINEST)] == [36, 40, 40]
+
+
+def test_the_table_counts_the_scales_of_a_run_at_their_width(run) -> None:
+    products = [{"module": "q", "op": "linear", "k": 16, "n": 4}, {"module": "lm_head", "op": "head", "k": 16, "n": 9}]
+    result = {"costs": {"products": products}, "modules": [{"name": "q", "bits": {"weight": 4}}]}
+    sizes = {8: (4.0, 40.0), 32: (4.0, 64.0)}
+    for scale_bits, size in sizes.items():
+        assert run._size(result | {"recipe": {"adapter": {"group_size": 8, "scale_bits": scale_bits}}}) == size
+    assert run._size(result | {"recipe": {"adapter": {"group_size": 8}}}) == sizes[32], "older records have floats"

@@ -97,6 +97,21 @@ def test_a_weight_is_its_codes_times_steps_that_can_be_stored(scale_bits: int, b
     assert torch.equal(fixed(weight), found)
 
 
+@pytest.mark.parametrize("scale_bits", SCALE_BITS)
+def test_codes_make_up_for_each_other_on_the_steps_that_are_stored(scale_bits: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight, inputs = torch.randn(32, 24, generator=generator), torch.randn(200, 24, generator=generator)
+    moment = inputs.T @ inputs + 40.0
+    # At 8 bits the fit leaves a range between two that can be stored.
+    quantizer, gates = _fitted(weight, 8, scale_bits), torch.tensor([True, True, False, False])
+    errors = []
+    for _ in range(2):
+        change = (quantizer.rounded(weight, gates) - weight).detach()
+        errors.append(float(((change @ moment) * change).sum()))
+        quantizer.compensate(weight, 8, moment)
+    assert errors[1] < 0.9 * errors[0]
+
+
 @torch.no_grad()
 def _error(quantizer: Quantizer, weight: Tensor, bits: int) -> float:
     return float((quantizer.rounded(weight, GATES[bits]) - weight).square().sum())
