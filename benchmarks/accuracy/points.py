@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 TARGETS = r".*encoder\.layer\..*(query|key|value|dense)"
@@ -25,6 +25,8 @@ BUDGETS = (0.5, 0.25, 0.1875, 0.125, 0.09375, 0.0625)
 CLAIMED = (0.25, 0.125)
 MIXED = 0.09375
 """Here 2-bit and 4-bit weights mix, and two points may be lost; MRPC loses more than five."""
+LONGER = 6
+"""Epochs after which MRPC is compared at that budget once more: after three LoRA has just begun to learn the task."""
 TIGHT = 0.0625
 """What 2-bit weights and 8-bit inputs everywhere would cost: here it shows whether it matters which layer gets what."""
 NARROW, BYTES = 0.125, 0.3
@@ -158,6 +160,12 @@ def learned(task: str, variant: str, placement: str, budget: float, seed: int) -
     return Point(task, f"{variant}-{placement}-bops{budget:g}", seed, changes=changes)
 
 
+def longer(point: Point) -> Point:
+    """The same with `LONGER` epochs."""
+    changes = (*point.changes, f"training.epochs={LONGER}")
+    return replace(point, label=f"{point.label}-epochs{LONGER}", changes=changes)
+
+
 def uniform(task: str, widths: tuple[int, int], granularity: str, seed: int) -> Point:
     """The same quantizers with gates that stand still at one width for all layers: quantization-aware LoRA."""
     label = f"uniform-w{widths[0]}a{widths[1]}-{granularity}"
@@ -244,6 +252,11 @@ def _all() -> list[Point]:
     ]
     points += [uniform(t, w, "group", s) for w in ((4, 8), (2, 8)) for s in SEEDS for t in CURVE_TASKS]
     points += [learned(t, "q-ra", DEFAULT_PLACEMENT, b, s) for b in (MIXED, TIGHT) for s in SEEDS for t in CURVE_TASKS]
+    points += [
+        longer(point)
+        for s in SEEDS
+        for point in (lora("mrpc", s), learned("mrpc", "q-ra", DEFAULT_PLACEMENT, MIXED, s))
+    ]
     points += [permuted(t, TIGHT, s) for s in SEEDS for t in CURVE_TASKS]
     points += [uniform(t, w, "group", FIRST_SEED) for w in ((8, 8), (4, 4)) for t in CURVE_TASKS]
     points += [adalora(t, s) for s in SEEDS for t in CURVE_TASKS]

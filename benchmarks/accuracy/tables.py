@@ -10,8 +10,11 @@ from points import (
     CLAIMED,
     CURVE_TASKS,
     DEFAULT_PLACEMENT,
+    EPOCHS,
     FIRST_SEED,
+    LONGER,
     MAIN_TASKS,
+    MIXED,
     ONE_SEED_TASKS,
     PLACEMENTS,
     POINTS,
@@ -22,6 +25,7 @@ from points import (
     adalora,
     foreign,
     learned,
+    longer,
     lora,
     paper,
     permuted,
@@ -46,6 +50,7 @@ def report() -> str:
     sections: list[tuple[str, Callable[[], list[str]]]] = [
         ("Learning rates on held-out training rows", rates),
         ("The claim: q + ra against LoRA", claims),
+        ("MRPC with more epochs", longer_runs),
         ("Score against budget", curve),
         ("LoRA rounded after training", rounding),
         ("What q + ra wins back of that", won_back),
@@ -153,6 +158,23 @@ def _verdict(budget: float, means: Sequence[float]) -> str:
     met = mean >= -allowed and max(sizes, default=0.0) <= ALLOWED_BYTES.get(budget, 1.0)
     word = ("met" if met else "not met") if len(means) == tasks else f"{len(means)} of {tasks} tasks so far"
     return f"- bops={budget:g}: mean over tasks {mean:+.2f} points, allowed {-allowed:+.1f}: {word}."
+
+
+def longer_runs() -> list[str]:
+    """MRPC where 2-bit and 4-bit weights mix, against LoRA, with the usual epochs and with more."""
+
+    def row(epochs: str, ours: Make, theirs: Make) -> list[str]:
+        found = pairs("mrpc", ours, theirs)
+        sides = zip(*((other.score, mine.score) for mine, other in found), strict=True)
+        difference = differences("mrpc", ours, theirs)
+        return [epochs, *(spread(Sample(side)) for side in sides), interval(difference)] if difference else []
+
+    ours = _ours(MIXED)
+    rows = [
+        row(str(EPOCHS["mrpc"]), ours, lora),
+        row(str(LONGER), lambda t, s: longer(ours(t, s)), lambda t, s: longer(lora(t, s))),
+    ]
+    return _table(["epochs", "LoRA", "q + ra", "difference"], filter(None, rows))
 
 
 def curve() -> list[str]:

@@ -78,6 +78,19 @@ def test_all_methods_share_rows_steps_and_modules_and_ours_one_rate(study) -> No
             assert f"training.learning_rate={own}" in point.changes, point.name
 
 
+def test_longer_points_differ_in_their_epochs_alone(study) -> None:
+    points, work = study.load("points"), study.load("work")
+    for point in (points.lora("mrpc", 43), points.learned("mrpc", "q-ra", "merged", points.MIXED, 43)):
+        longer = points.longer(point)
+        assert longer in points.POINTS
+        assert longer.name == point.name.replace("-seed43", f"-epochs{points.LONGER}-seed43")
+        usual, more = work.recipe_of(point), work.recipe_of(longer)
+        assert (usual.training.epochs, more.training.epochs) == (points.EPOCHS["mrpc"], points.LONGER)
+        assert more.training.model_copy(update={"epochs": usual.training.epochs}) == usual.training
+        for section in ("task", "adapter", "gates"):
+            assert getattr(more, section) == getattr(usual, section)
+
+
 def test_choices_are_made_on_rows_held_out_of_training(study) -> None:
     points = study.load("points")
     chosen = [*points.rate_choices(), *points.ablations()]
@@ -399,6 +412,15 @@ def test_the_report_pairs_seeds_and_judges_the_claim(study, monkeypatch: pytest.
     assert "| bops=0.25 | stsb | 123.00 ± 1.00 | 122.80 ± 1.00 | -0.20 [-0.20, -0.20] | 6.00 | 14.00 |" in text
     assert "- bops=0.25: mean over tasks -0.20 points, allowed -0.3: met." in text
     assert "- bops=0.125: mean over tasks -1.00 points, allowed -0.7: not met." in text
+
+
+def test_more_epochs_stand_beside_the_usual_ones(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, points, outcomes = study.load("tables"), study.load("points"), study.load("outcomes")
+    lora, ours = points.lora("mrpc", 42), points.learned("mrpc", "q-ra", "merged", points.MIXED, 42)
+    scores = {lora.name: 80.0, ours.name: 75.0, points.longer(lora).name: 84.0, points.longer(ours).name: 83.0}
+    made = {name: outcomes.Outcome(score, 1, 1, 1, 8, 3, 8, 1, 1) for name, score in scores.items()}
+    monkeypatch.setattr(tables, "outcome", made.get)
+    assert tables.longer_runs()[2:] == ["| 3 | 80.00 | 75.00 | -5.00 |", "| 6 | 84.00 | 83.00 | -1.00 |"]
 
 
 def test_learned_widths_are_compared_where_permuted_and_uniform_ones_are_run(study, monkeypatch) -> None:
