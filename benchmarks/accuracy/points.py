@@ -26,7 +26,7 @@ CLAIMED = (0.25, 0.125)
 MIXED = 0.09375
 """Here 2-bit and 4-bit weights mix, and two points may be lost; MRPC loses more than five."""
 LONGER = 6
-"""Epochs after which MRPC is compared at that budget once more: after three LoRA has just begun to learn the task."""
+"""Epochs after which MRPC is compared at that budget once more, to see whether it is only late there."""
 TIGHT = 0.0625
 """What 2-bit weights and 8-bit inputs everywhere would cost: here it shows whether it matters which layer gets what."""
 NARROW, BYTES = 0.125, 0.3
