@@ -14,7 +14,7 @@ from rankbits.errors import ExportError, MergeError
 from rankbits.export.active import tuner_layers
 from rankbits.export.copies import sharing_copy
 from rankbits.tuners.bayesian_lora import BayesianLoraLinear
-from rankbits.tuners.bayesian_lora.layer import ACTIVATION_SITES
+from rankbits.tuners.bayesian_lora.config import ACTIVATION_SITES
 from rankbits.tuners.linear import AdapterLinear
 
 

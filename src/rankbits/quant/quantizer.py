@@ -73,6 +73,8 @@ class Quantizer(Float32State):
 
     learns = True
     """Whether the range is trained; see `let_learn`."""
+    fits_passes = False
+    """Whether the range, of an activation, is fitted to what some passes show once its width is known (`RangeFit`)."""
     log_range: nn.Parameter
     maximum: Tensor
     passes: Tensor

@@ -54,6 +54,7 @@ def _bayesian_lora(recipe: Recipe, _model: PreTrainedModel) -> PeftConfig:
         rounding=adapter.rounding,
         code_range=adapter.code_range,
         scale_bits=adapter.scale_bits,
+        activation_ranges=adapter.activation_ranges,
         granularity=adapter.granularity,
         group_size=adapter.group_size,
         share_inputs=adapter.share_inputs,

@@ -21,7 +21,13 @@ CHECKPOINT_FOLDER = "checkpoints"
 NOT_PART_OF_THE_WORK = {"output": True, "training": {"report_to", "logging_steps", "save_steps"}}
 """Keys that change where results go or how often they are told, and so neither the hash nor whether a run resumes."""
 
-LATER_KEYS = (("task", "start_at_mean"), ("adapter", "rounding"), ("adapter", "code_range"), ("adapter", "scale_bits"))
+LATER_KEYS = (
+    ("task", "start_at_mean"),
+    ("adapter", "rounding"),
+    ("adapter", "code_range"),
+    ("adapter", "scale_bits"),
+    ("adapter", "activation_ranges"),
+)
 """Keys that are part of the work only where they are not at their default: older runs keep their hashes."""
 
 METHOD_SECTIONS = frozenset(section for known in METHODS for section in known.sections)

@@ -112,7 +112,7 @@ class RankbitsCallback(TrainerCallback):
                 f"the Trainer made {state.global_step} optimizer steps, but the gate schedule saw {seen}: ranks and "
                 "bits are not what was asked for"
             )
-        self.schedule.compensation.end(state.global_step)
+        self.schedule.replay.end(state.global_step)
 
 
 def _kept(state: TrainerState) -> dict[str, Any]:

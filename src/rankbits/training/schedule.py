@@ -22,8 +22,8 @@ from rankbits.training.budget import (
     allocation_of,
     budgets_of,
 )
-from rankbits.training.compensation import Compensation
 from rankbits.training.processes import Reduction, agree
+from rankbits.training.replay import Replay
 from rankbits.training.weighting import Penalty, PenaltyOptions, PenaltyReduction, PenaltyWeighting
 from rankbits.tuners.bayesian_lora import GatedLayer, GatePhase, gated_layers, learning_adapters, summarize
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
@@ -100,9 +100,9 @@ class GateSchedule:
         self.controller = self._controller(budgets) if budgets else None
         self._given = {"lambda_q": lambda_q, "lambda_r": lambda_r}
         self._set_lambdas(lambda_q, lambda_r, Penalty(**penalty))
-        self.compensation = Compensation(model, fixed_from=self.fixed_from, total_steps=total_steps)
+        self.replay = Replay(model, fixed_from=self.fixed_from, total_steps=total_steps)
         self._enter()
-        self.compensation.resume(0)
+        self.replay.resume(0)
 
     def _controller(self, budgets: Sequence[Budget]) -> BudgetController:
         if self.allocation is Allocation.EVIDENCE:
@@ -217,7 +217,7 @@ class GateSchedule:
             self._warn_if_all_closed()
         self._share_ranges()
         self._enter()
-        self.compensation.advance(self.completed_steps)
+        self.replay.advance(self.completed_steps)
 
     def budgets(self) -> list[BudgetState]:
         """Where each budget stands now; none if there is no budget."""
@@ -231,7 +231,7 @@ class GateSchedule:
         if self.controller is not None:
             self.controller.resume()
         self._enter()
-        self.compensation.resume(completed_steps)
+        self.replay.resume(completed_steps)
 
     def _enter(self) -> None:
         phase = self.phase()
@@ -284,7 +284,7 @@ class GateSchedule:
         state: dict[str, Any] = {"completed_steps": self.completed_steps, "total_steps": self.total_steps}
         if self.controller is not None:
             state["budget"] = self.controller.state_dict()
-        return state | self.compensation.state_dict()
+        return state | self.replay.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, with the model's weights loaded before.
@@ -303,7 +303,7 @@ class GateSchedule:
             raise ScheduleError(f"the checkpoint's budgets are {(saved or {}).get('budgets')}, this schedule's {mine}")
         if self.controller is not None and saved is not None:
             self.controller.load_state_dict(saved)
-        self.compensation.load_state_dict(state)
+        self.replay.load_state_dict(state)
         self.restore(state["completed_steps"])
 
 

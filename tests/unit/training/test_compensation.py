@@ -18,7 +18,7 @@ from rankbits.errors import RankbitsWarning, ScheduleError
 from rankbits.quant.codes import codes, step_at
 from rankbits.quant.compensation import compensating_offsets
 from rankbits.training import compensation
-from rankbits.training.compensation import PASSES
+from rankbits.training.passes import PASSES
 from rankbits.tuners.bayesian_lora import adapted_layers
 from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear
 
@@ -200,7 +200,7 @@ def test_without_it_nothing_is_kept_and_nothing_stored() -> None:
     model = _model(rounding="nearest")
     schedule = _schedule(model)
     _train(model, schedule, STEPS - 1)
-    assert not schedule.compensation.passes
+    assert not schedule.replay.recent.passes
     assert not _offsets(model)
     assert not any("offsets" in name for name in model.state_dict())
 
@@ -230,11 +230,11 @@ def test_only_the_last_training_passes_are_kept_and_only_as_long_as_they_may_be_
         _train(model, schedule, 1)
         if step:  # by then ranges are calibrated
             model.eval()(_batch(3))
-        held.append(len(schedule.compensation.passes))
+        held.append(len(schedule.replay.recent.passes))
     fixed_from, between = schedule.fixed_from, STEPS - PASSES - schedule.fixed_from
     assert held == [*range(1, fixed_from), 0, *(0 for _ in range(between)), *range(1, PASSES), 0]
     model.train()(_batch(3))
-    assert not schedule.compensation.passes
+    assert not schedule.replay.recent.passes
 
 
 def test_choosing_codes_changes_neither_modes_nor_random_numbers() -> None:
@@ -357,7 +357,7 @@ def test_nothing_is_said_of_a_run_that_ends_early_with_all_codes_chosen(recwarn:
     model = _model()
     schedule = _schedule(model, budget="bits=2")
     _train(model, schedule, 10)
-    schedule.compensation.end(schedule.completed_steps)
+    schedule.replay.end(schedule.completed_steps)
     assert not [w for w in recwarn if "training ended" in str(w.message)]
 
 
@@ -375,11 +375,11 @@ def test_copies_of_a_model_in_training_are_looked_at_by_nobody(copied) -> None:
     model = _model()
     schedule = _schedule(model)
     _train(model, schedule, 10)
-    before = len(schedule.compensation.passes)
+    before = len(schedule.replay.recent.passes)
     other = copied(model)
     other.train()(_batch(1))
     assert before > 0
-    assert len(schedule.compensation.passes) == before
+    assert len(schedule.replay.recent.passes) == before
 
 
 @pytest.mark.parametrize("phases", [(0.25, 0.25, 0.0), (0.0, 0.0, 1.0)])
@@ -393,7 +393,7 @@ def test_a_run_that_ends_early_says_that_codes_are_the_nearest() -> None:
     schedule = _schedule(model)
     _train(model, schedule, 12)
     with pytest.warns(RankbitsWarning, match="training ended after 12 of 24 steps, before the codes of weights"):
-        schedule.compensation.end(12)
+        schedule.replay.end(12)
 
 
 def test_an_unknown_rounding_is_refused() -> None:

@@ -18,8 +18,7 @@ from rankbits.errors import ModelError
 from rankbits.records import CountOptions, WeightRecord
 from rankbits.records.costs import Width
 from rankbits.tuners.bayesian_lora import BayesianLoraLinear, LayerSummary, QuantizedHeadLinear
-from rankbits.tuners.bayesian_lora.config import Site
-from rankbits.tuners.bayesian_lora.layer import ACTIVATION_SITES
+from rankbits.tuners.bayesian_lora.config import ACTIVATION_SITES, Site
 
 _TRAINING_ONLY = frozenset({"ranknum"})
 """Names of parameters, or of what holds one for each adapter, that inference does not read."""

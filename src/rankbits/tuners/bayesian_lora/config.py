@@ -32,6 +32,8 @@ class Site(str, Enum):
     PROBABILITIES = "probabilities"
 
 
+ACTIVATION_SITES = (Site.INPUT, Site.DOWN_OUTPUT, Site.DIAGONAL_OUTPUT, Site.OUTPUT, Site.PROBABILITIES)
+"""Quantizers whose work no single weight can do."""
 PAPER_SITES = tuple(site for site in Site if site not in {Site.INPUT, Site.PROBABILITIES})
 """The seven quantizers of the paper: W0, A, E, B and the outputs of A, of E and of the block."""
 
@@ -79,6 +81,15 @@ class CodeRange(str, Enum):
     """As many below zero as above, 2^b - 1: the paper's grids, of which the finer ones contain the coarser ones."""
     FULL = "full"
     """All 2^b once the width is known; for each range the additional one lies where it helps more, below or above."""
+
+
+class ActivationRanges(str, Enum):
+    """Where the range of an activation lies when its width is known; it is trained from there on."""
+
+    LARGEST = "largest"
+    """At the largest magnitude of the warm-up, where it was while widths were judged."""
+    FITTED = "fitted"
+    """Where rounding the activations of the last passes before costs the least squared error."""
 
 
 class RankGate(str, Enum):
@@ -132,6 +143,8 @@ class BayesianLoraConfig(PeftConfig):
             its width is known, one more below zero or, where a step is negative, above it.
         scale_bits: bits that each step of the weight's grid is stored in once its width is known: 32, or 16 (half
             precision) or 8 (E4M3) with a power of two that the tensor shares.
+        activation_ranges: where the range of each activation goes when its width is known: "largest" leaves it at the
+            largest magnitude seen until then, "fitted" takes the one with the least squared error in the last passes.
         granularity: which elements of the weight share a range: "tensor", "channel" (a row) or "group" (consecutive
             inputs of a row). Factors of the update and activations have one range each.
         group_size: elements of a group; it has to divide the inputs of every adapted layer.
@@ -175,6 +188,7 @@ class BayesianLoraConfig(PeftConfig):
     rounding: str = field(default="nearest", metadata={"help": "'nearest' or 'compensated'"})
     code_range: str = field(default="narrow", metadata={"help": "'narrow' or 'full'"})
     scale_bits: int = field(default=32, metadata={"help": "32, 16 or 8: bits of each scale of the weight"})
+    activation_ranges: str = field(default="largest", metadata={"help": "'largest' or 'fitted'"})
     granularity: str = field(default="tensor", metadata={"help": "'tensor', 'channel' or 'group'"})
     group_size: int = field(default=64, metadata={"help": "weights of a group that share a range"})
     share_inputs: bool = field(default=True, metadata={"help": "one quantizer for an input that several layers read"})
@@ -254,6 +268,7 @@ class BayesianLoraConfig(PeftConfig):
             ("placement", Placement),
             ("rounding", Rounding),
             ("code_range", CodeRange),
+            ("activation_ranges", ActivationRanges),
             ("granularity", Granularity),
             ("tie_groups", GroupTie),
         )
@@ -290,6 +305,11 @@ class BayesianLoraConfig(PeftConfig):
     def uses_all_codes(self) -> bool:
         """Whether grids of weights are full once their width is known."""
         return self.code_range == CodeRange.FULL.value
+
+    @property
+    def fits_activations(self) -> bool:
+        """Whether ranges of activations are fitted once their width is known."""
+        return self.activation_ranges == ActivationRanges.FITTED.value
 
     @property
     def range_layout(self) -> RangeLayout:

@@ -13,14 +13,12 @@ from rankbits.errors import MergeError, RankbitsWarning
 from rankbits.quant.fixed_quantizer import FixedQuantizer
 from rankbits.quant.quantizer import Quantizer
 from rankbits.tuners.bayesian_lora import products
-from rankbits.tuners.bayesian_lora.config import Placement, Site
+from rankbits.tuners.bayesian_lora.config import ACTIVATION_SITES, Placement, Site
 from rankbits.tuners.bayesian_lora.layer_gates import GateValues
 from rankbits.tuners.bayesian_lora.rounded_weight import RoundedWeight
 
 UNSCHEDULED_PASSES = 100
 """Training passes without a step of the schedule after which a layer says so."""
-ACTIVATION_SITES = (Site.INPUT, Site.DOWN_OUTPUT, Site.DIAGONAL_OUTPUT, Site.OUTPUT, Site.PROBABILITIES)
-"""Quantizers whose work no single weight can do."""
 
 
 class BayesianLoraLinear(RoundedWeight):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from rankbits.errors import RankbitsWarning
 from rankbits.tuners.bayesian_lora import attention, head
-from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig, Site
+from rankbits.tuners.bayesian_lora.config import ACTIVATION_SITES, BayesianLoraConfig, Site
 from rankbits.tuners.bayesian_lora.find import adapted_layers
-from rankbits.tuners.bayesian_lora.layer import ACTIVATION_SITES, BayesianLoraLinear
+from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear
 from rankbits.tuners.bayesian_lora.siblings import sibling_names
 from rankbits.tuners.linear import LinearTuner
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rankbits.quant.fixed_quantizer import FixedQuantizer
 from rankbits.quant.grid import PER_TENSOR, Signedness
 from rankbits.quant.quantizer import Quantizer
-from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig, Site, Start
+from rankbits.tuners.bayesian_lora.config import ACTIVATION_SITES, BayesianLoraConfig, Site, Start
 
 DIAGONAL_HEADROOM = 1.5
 """With this range over max|E| a constant E lies on the grid at every width, where a range at max|E| would not."""
@@ -63,7 +63,7 @@ def learning_quantizer(
 ) -> Quantizer:
     """A quantizer that has yet to learn its range; ValueError if groups do not divide the rows of the weight."""
     try:
-        return Quantizer(
+        quantizer = Quantizer(
             calibration_passes=config.calibration_passes,
             signedness=SIGNEDNESS.get(site, Signedness.SIGNED),
             headroom=DIAGONAL_HEADROOM if site is Site.DIAGONAL else 1.0,
@@ -77,6 +77,8 @@ def learning_quantizer(
             f"{key!r}: {reason}; choose another `group_size`, granularity='channel', or leave the layer out with "
             "exclude_modules"
         ) from reason
+    quantizer.fits_passes = config.fits_activations and site in ACTIVATION_SITES
+    return quantizer
 
 
 def fixed_quantizers(

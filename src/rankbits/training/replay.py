@@ -1,0 +1,101 @@
+"""What is chosen by what layers read in the last training passes: ranges of activations, and codes of weights."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from rankbits.errors import RankbitsWarning, ScheduleError
+from rankbits.training.activation_ranges import fit_activation_ranges, fitted_quantizers
+from rankbits.training.compensation import awaiting_codes, compensate, compensated
+from rankbits.training.passes import PASSES, RecentPasses
+from rankbits.tuners.bayesian_lora.config import Placement
+
+
+class Replay:
+    """Runs the last training passes once more when widths are known, and after the last step, and chooses by them.
+
+    Args:
+        model: what is trained.
+        fixed_from: completed optimizer steps after which gates are fixed: ranges of activations are fitted then, each
+            W0 is rounded, and sums at 2 bits.
+        total_steps: optimizer steps of the whole training, after which the other sums are rounded.
+
+    Raises:
+        ScheduleError: there are ranges or codes to be chosen, and no steps with fixed gates, or no others.
+    """
+
+    def __init__(self, model: nn.Module, *, fixed_from: int, total_steps: int) -> None:
+        self.model, self.fixed_from, self.total_steps = model, fixed_from, total_steps
+        layers = list(compensated(model))
+        asked_for = {
+            "rounding='compensated' chooses codes": ("rounding='nearest'", bool(layers)),
+            "activation_ranges='fitted' chooses ranges": (
+                "activation_ranges='largest'",
+                bool(fitted_quantizers(model)),
+            ),
+        }
+        for what, (otherwise, asked) in asked_for.items():
+            if asked and not 0 < fixed_from < total_steps:
+                raise ScheduleError(
+                    f"{what} for widths that are fixed, but {total_steps - min(fixed_from, total_steps)} of "
+                    f"{total_steps} steps have fixed gates; expected phases (warm-up, ramp, fixed) that leave some "
+                    f"steps with fixed gates and some before them, or {otherwise}"
+                )
+        sums = any(layer.placement_of(name) is Placement.MERGED for layer, name in layers)
+        # Of sums as of W0 some may be rounded when their widths are known: those at 2 bits.
+        at = (fixed_from, total_steps) if sums else (fixed_from,)
+        self.recent = RecentPasses(model, at if any(asked for _, asked in asked_for.values()) else ())
+
+    def advance(self, completed_steps: int) -> None:
+        """Choose what is to be chosen after so many optimizer steps, and keep passes where they will be needed."""
+        passes = self.recent.passes
+        ranges = fitted_quantizers(self.model) if completed_steps == self.fixed_from else []
+        codes = []
+        if completed_steps in self.recent.at:
+            codes = [(layer, name) for layer, name in compensated(self.model) if layer.awaits_compensation(name)]
+        for layer, name in codes:
+            layer.fit_weight_range(name, again=True)
+        if (ranges or codes) and not passes:
+            kept = [*(["ranges of activations"] if ranges else []), *(["nearest codes of weights"] if codes else [])]
+            warnings.warn(
+                f"no training pass of the model was seen in the last {PASSES} steps, so that nothing is known of the "
+                f"inputs of its layers: {' and '.join(kept)} stay as they are. Train the model that the schedule was "
+                "made for, or one that calls it",
+                RankbitsWarning,
+                stacklevel=3,
+            )
+        elif ranges or codes:
+            # First the ranges: codes make up for each other in what a layer reads once it is rounded.
+            with awaiting_codes(self.model, codes):
+                fit_activation_ranges(self.model, ranges, passes)
+            compensate(self.model, codes, passes)
+        self.recent.resume(completed_steps)
+
+    def resume(self, completed_steps: int) -> None:
+        """Continue after so many optimizer steps."""
+        self.recent.resume(completed_steps)
+
+    def end(self, completed_steps: int) -> None:
+        """Training is over, maybe early: say so if sums were to be rounded that keep their nearest codes now."""
+        at = self.recent.at
+        self.recent.stop()
+        layers = compensated(self.model)
+        waiting = [not layer.phase[name].fixed or layer.is_rounded_last(name) for layer, name in layers]
+        if any(waiting) and completed_steps < max(at):
+            warnings.warn(
+                f"training ended after {completed_steps} of {self.total_steps} steps, before the codes of weights were "
+                "chosen by rounding='compensated': they are the nearest ones",
+                RankbitsWarning,
+                stacklevel=3,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The passes that are kept, ready for JSON; nothing if there are none."""
+        return self.recent.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`. ScheduleError if the inputs of the model are more than tensors and plain data."""
+        self.recent.load_state_dict(state)

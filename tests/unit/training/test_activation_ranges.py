@@ -1,0 +1,227 @@
+"""Ranges of activations that are fitted when widths are known: when, by what, which, and that runs resume."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from rankbits import BayesianLoraConfig, GateSchedule, summarize
+from rankbits.errors import RankbitsWarning, ScheduleError
+from rankbits.quant.quantizer import Quantizer
+from rankbits.quant.range_fit import FACTORS
+from rankbits.training.activation_ranges import fitted_quantizers
+from rankbits.training.passes import PASSES
+from rankbits.tuners.bayesian_lora import adapted_layers, gated_layers
+from rankbits.tuners.bayesian_lora.config import ACTIVATION_SITES, Site
+
+STEPS = 24
+FIXED_FROM = 6
+
+
+class _Network(nn.Module):
+    """Two layers; what the first one reads has an outlier in each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def _model(**settings: Any) -> PeftModel:
+    torch.manual_seed(3)
+    chosen = {"r": 2, "placement": "merged", "calibration_passes": 1, "activation_ranges": "fitted"}
+    return get_peft_model(
+        _Network(), BayesianLoraConfig(**(chosen | {"target_modules": ["first", "second"]} | settings))
+    )
+
+
+def _schedule(model: nn.Module, **settings: Any) -> GateSchedule:
+    return GateSchedule(model, STEPS, **({"budget": "bops=0.0625", "phases": (0.25, 0.0, 0.0)} | settings))
+
+
+def _batch(seed: int) -> Tensor:
+    x = torch.randn(128, 16, generator=torch.Generator().manual_seed(seed))
+    x[0, 0] = 10.0
+    return x
+
+
+def _train(model: nn.Module, schedule: GateSchedule, steps: int, *, rate: float = 0.02) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    model.train()
+    for _ in range(steps):
+        torch.manual_seed(schedule.completed_steps)
+        x = _batch(schedule.completed_steps)
+        (model(x) - x[:, :8]).square().mean().backward()
+        optimizer.step()
+        model.zero_grad()
+        schedule.step()
+
+
+def _quantizer(model: nn.Module, layer: int = 0, site: str = "input") -> Quantizer:
+    found = [layer for _, layer in adapted_layers(model)][layer].quantizers_of("default")[site]
+    assert isinstance(found, Quantizer)
+    return found
+
+
+def _range(quantizer: Quantizer) -> float:
+    return float(quantizer.range_.detach())
+
+
+def _error(x: Tensor, range_: float, bits: int) -> float:
+    step, largest = 2 * range_ / (2**bits - 1), 2 ** (bits - 1) - 1
+    return float(((x.double() / step).round().clamp(-largest, largest) * step - x.double()).square().sum())
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+def test_when_widths_are_known_a_range_moves_to_the_least_squared_error_of_the_last_passes(rounding: str) -> None:
+    model = _model(rounding=rounding)
+    schedule = _schedule(model)
+    _train(model, schedule, FIXED_FROM - 1)
+    before = _range(_quantizer(model))
+    assert before >= 10.0
+    _train(model, schedule, 1)
+    bits = summarize(model)[0].bits["input"]
+    passes = torch.cat([_batch(step) for step in range(FIXED_FROM)])
+    errors = [_error(passes, before * factor, bits) for factor in FACTORS]
+    best = min(range(len(FACTORS)), key=errors.__getitem__)
+    assert best > 2
+    assert _range(_quantizer(model)) == pytest.approx(before * FACTORS[best], rel=1e-5)
+
+
+def test_it_is_trained_from_there_on() -> None:
+    model = _model()
+    schedule = _schedule(model)
+    _train(model, schedule, FIXED_FROM)
+    before = _range(_quantizer(model))
+    _train(model, schedule, 3)
+    assert _range(_quantizer(model)) != before
+    assert _range(_quantizer(model)) == pytest.approx(before, rel=0.1)
+
+
+def test_the_largest_magnitude_is_where_it_stays_without_it() -> None:
+    model = _model(activation_ranges="largest")
+    schedule = _schedule(model)
+    _train(model, schedule, FIXED_FROM)
+    assert not fitted_quantizers(model)
+    assert _range(_quantizer(model)) >= 10.0
+    assert not schedule.replay.recent.at
+
+
+def test_weights_and_factors_are_none_of_its_business() -> None:
+    """Every activation site has it, attention's and the outputs within the update, and no other site has."""
+    sites = [site.value for site in Site if site is not Site.PROBABILITIES]
+    model = _model(placement="separate", quantizers=sites)
+    found = {id(quantizer) for quantizer in fitted_quantizers(model)}
+    for _, layer in gated_layers(model):
+        for site, quantizer in layer.quantizers_of("default").items():
+            assert (id(quantizer) in found) == (Site(site) in ACTIVATION_SITES)
+    assert len(found) == 2 * 4
+
+
+def test_a_fit_changes_neither_modes_nor_random_numbers_and_leaves_no_hook() -> None:
+    model = _model()
+    schedule = _schedule(model)
+    _train(model, schedule, FIXED_FROM - 1)
+    model.get_submodule("base_model.model.second").eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    schedule.step()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not schedule.replay.recent.passes
+
+
+@pytest.mark.parametrize("at", [1, 3, FIXED_FROM - 1, FIXED_FROM, 10])
+def test_an_interrupted_run_has_the_same_ranges(at: int) -> None:
+    whole = _model()
+    schedule = _schedule(whole)
+    _train(whole, schedule, at, rate=0.0)
+    resumed = _model()
+    resumed.load_state_dict(whole.state_dict())
+    again = _schedule(resumed)
+    again.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
+    for model, gates in ((whole, schedule), (resumed, again)):
+        _train(model, gates, 12 - at)
+    for layer in (0, 1):
+        assert torch.equal(_quantizer(resumed, layer).log_range, _quantizer(whole, layer).log_range)
+    assert _range(_quantizer(whole)) < 8.0
+
+
+def test_a_pass_that_was_never_seen_is_said_and_ranges_stay() -> None:
+    model = _model()
+    schedule = _schedule(model)
+    _train(model, schedule, 1)
+    schedule.replay.recent.passes.clear()
+    for _ in range(FIXED_FROM - 2):
+        schedule.step()
+    before = _range(_quantizer(model))
+    with pytest.warns(RankbitsWarning, match=r"no training pass .*: ranges of activations stay as they are"):
+        schedule.step()
+    assert _range(_quantizer(model)) == before
+
+
+@pytest.mark.parametrize("phases", [(0.5, 0.2, 0.0), (0.0, 0.0, 1.0)])
+def test_phases_without_fixed_gates_or_without_others_are_refused(phases: tuple[float, float, float]) -> None:
+    with pytest.raises(
+        ScheduleError, match=r"activation_ranges='fitted' chooses ranges .* activation_ranges='largest'"
+    ):
+        GateSchedule(_model(), STEPS, phases=phases)
+
+
+def test_by_descent_it_happens_when_gates_are_fixed() -> None:
+    model = _model()
+    schedule = _schedule(model, allocation="descent", phases=(0.25, 0.25, 0.25))
+    _train(model, schedule, 17)
+    assert _range(_quantizer(model)) > 8.0
+    _train(model, schedule, 1)
+    assert _range(_quantizer(model)) < 8.0
+
+
+def test_processes_agree_on_one_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the others saw counts: here they saw values so small that the narrowest range is best."""
+
+    def reduced(tensor: Tensor, **_: object) -> None:
+        if len(tensor) == 2 * len(FACTORS):
+            tensor += torch.linspace(1e9, 0.0, len(FACTORS)).repeat(2)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduced)
+    model = _model()
+    schedule = _schedule(model)
+    _train(model, schedule, FIXED_FROM - 1)
+    before = _range(_quantizer(model))
+    _train(model, schedule, 1)
+    assert _range(_quantizer(model)) == pytest.approx(before * FACTORS[-1], rel=1e-5)
+
+
+def test_each_is_fitted_for_the_width_that_it_learned() -> None:
+    """With 8 bits for the same values the largest magnitude is left where it is."""
+    model = _model()
+    schedule = _schedule(model, budget="bops=0.125")
+    _train(model, schedule, FIXED_FROM)
+    widths = [entry.bits["input"] for entry in summarize(model)]
+    assert widths[0] == 8
+    assert _range(_quantizer(model)) == pytest.approx(10.0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+def test_a_compiled_model_is_seen_too() -> None:
+    model = _model()
+    schedule = _schedule(model)
+    _train(torch.compile(model, backend="eager"), schedule, FIXED_FROM + 1)
+    assert _range(_quantizer(model)) < 8.0
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`activation_ranges` must be one of \['largest', 'fitted'\], got 'best'"):
+        _model(activation_ranges="best")
