@@ -41,7 +41,7 @@ LEARNING_RATE = "1e-3"
 """LoRA's for every task; `--table` shows what it was chosen on."""
 OUR_RATE = "1e-3"
 """Ours, with learned and with fixed gates, chosen in the same way."""
-ADALORA_RATES = ("1e-3", "2e-3", "5e-3", "1e-2")
+ADALORA_RATES = ("1e-3", "2e-3", "5e-3", "1e-2", "2e-2")
 ADALORA_RATE = "2e-3"
 """AdaLoRA's own, chosen in the same way: its start learns more slowly at LoRA's rate."""
 

@@ -52,7 +52,7 @@ class RangeFit:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Give the quantizer the range with the least error, the widest of equals; none that is finite changes nothing."""
+        """Give the quantizer the range with the least error, the widest of equals, or its own if none is finite."""
         errors = torch.where(self.errors.isfinite(), self.errors, torch.inf)
         factors = torch.tensor(FACTORS, device=errors.device)
-        self.quantizer.log_range += factors[errors.argmin()].log()
+        self.quantizer.log_range.add_(factors[errors.argmin()].log())

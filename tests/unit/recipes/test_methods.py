@@ -239,13 +239,14 @@ def test_settings_of_other_methods_are_not_part_of_the_work(asked: tuple[str, ..
     assert recipe_hash(work_of(load(name, [*changes, *others]))) == FROZEN[asked]
 
 
-def test_how_a_weight_is_rounded_reaches_the_adapter_and_the_work() -> None:
-    names = ("placement", "rounding", "code_range", "scale_bits", "granularity", "group_size")
-    assert _fields(_config("bayesian-lora"), *names) == ["separate", "nearest", "narrow", 32, "tensor", 64]
-    asked = ("merged", "compensated", "full", 8, "group", 32)
+def test_how_tensors_are_rounded_reaches_the_adapter_and_the_work() -> None:
+    names = ("placement", "rounding", "code_range", "scale_bits", "activation_ranges", "granularity", "group_size")
+    assert _fields(_config("bayesian-lora"), *names) == ["separate", "nearest", "narrow", 32, "largest", "tensor", 64]
+    asked = ("merged", "compensated", "full", 8, "fitted", "group", 32)
     changes = [f"adapter.{name}={value}" for name, value in zip(names, asked, strict=True)]
     assert _fields(_config("bayesian-lora", *changes), *names) == list(asked)
-    for name, new, usual in (("code_range", "full", "narrow"), ("scale_bits", 16, 32)):
+    later = (("code_range", "full", "narrow"), ("scale_bits", 16, 32), ("activation_ranges", "fitted", "largest"))
+    for name, new, usual in later:
         one, other = (load("quickstart", [f"adapter.{name}={given}"]) for given in (new, usual))
         assert work_of(one)["adapter"].pop(name) == new
         assert name not in work_of(other)["adapter"]

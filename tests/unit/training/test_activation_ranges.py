@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from rankbits import BayesianLoraConfig, GateSchedule, summarize
 from rankbits.errors import RankbitsWarning, ScheduleError
 from rankbits.quant.quantizer import Quantizer
-from rankbits.quant.range_fit import FACTORS
+from rankbits.quant.range_fit import FACTORS, RangeFit
 from rankbits.training.activation_ranges import fitted_quantizers
-from rankbits.training.passes import PASSES
 from rankbits.tuners.bayesian_lora import adapted_layers, gated_layers
 from rankbits.tuners.bayesian_lora.config import ACTIVATION_SITES, Site
 
@@ -211,6 +212,38 @@ def test_each_is_fitted_for_the_width_that_it_learned() -> None:
     widths = [entry.bits["input"] for entry in summarize(model)]
     assert widths[0] == 8
     assert _range(_quantizer(model)) == pytest.approx(10.0)
+
+
+def test_heads_and_attention_are_fitted_too_and_a_shared_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: Counter[int] = Counter()
+
+    def see(fit: RangeFit, x: Tensor, gates: Tensor, **_: object) -> None:
+        seen[id(fit.quantizer)] += 1
+
+    monkeypatch.setattr(RangeFit, "see", see)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    base = BertForSequenceClassification(BertConfig(vocab_size=50, **sizes))
+    config = BayesianLoraConfig(
+        r=2,
+        target_modules=["query", "key", "value"],
+        modules_to_save=["pooler"],
+        task_type="SEQ_CLS",
+        placement="merged",
+        calibration_passes=1,
+        quantize_attention=True,
+        quantize_head=True,
+        activation_ranges="fitted",
+    )
+    model = get_peft_model(base, config)
+    schedule = GateSchedule(model, 8, phases=(0.25, 0.25, 0.5))
+    for _ in range(4):
+        model.train()(input_ids=torch.randint(50, (3, 5)), labels=torch.tensor([0, 1, 0])).loss.backward()
+        schedule.step()
+    # One input for query, key and value; four operands of two products; inputs of pooler and classifier.
+    assert len(seen) == 1 + 4 + 2
+    assert set(seen.values()) == {4}
+    assert set(seen) == {id(quantizer) for quantizer in fitted_quantizers(model)}
 
 
 @pytest.mark.slow
