@@ -62,6 +62,17 @@ RECIPE = (
     "gates.range_learning_rate=0.01",
 )
 """What our points share beside sites and budget: widths are chosen after a fifth of the steps."""
+FINE = (
+    "adapter.group_size=8",
+    "adapter.scale_bits=8",
+    "adapter.code_range=full",
+    "adapter.activation_ranges=fitted",
+)
+"""What budgets below `NARROW` get besides: a byte of scale for 8 weights, all codes, and inputs fitted to their width.
+
+Two and four bits round with less of an error so. From `NARROW` on it would be five bits for a weight of four, more than
+the bytes that are allowed there.
+"""
 SITES = {"merged": "[weight,input]", "separate": "[weight,down,diagonal,up,input]"}
 """Q_out is left out: the next layer's input quantizer rounds what this one writes."""
 ABLATIONS = {
@@ -160,6 +171,12 @@ def learned(task: str, variant: str, placement: str, budget: float, seed: int) -
     return Point(task, f"{variant}-{placement}-bops{budget:g}", seed, changes=changes)
 
 
+def finer(point: Point) -> Point:
+    """The same, or what is made from the same, with `FINE`."""
+    source = None if point.source is None else point.source.replace("-seed", "-fine-seed")
+    return replace(point, label=f"{point.label}-fine", changes=(*point.changes, *FINE), source=source)
+
+
 def longer(point: Point) -> Point:
     """The same with `LONGER` epochs."""
     changes = (*point.changes, f"training.epochs={LONGER}")
@@ -252,6 +269,11 @@ def _all() -> list[Point]:
     ]
     points += [uniform(t, w, "group", s) for w in ((4, 8), (2, 8)) for s in SEEDS for t in CURVE_TASKS]
     points += [learned(t, "q-ra", DEFAULT_PLACEMENT, b, s) for b in (MIXED, TIGHT) for s in SEEDS for t in CURVE_TASKS]
+    points += [
+        finer(learned(t, "q-ra", DEFAULT_PLACEMENT, b, s)) for b in (MIXED, TIGHT) for s in SEEDS for t in CURVE_TASKS
+    ]
+    points += [finer(uniform(t, w, "group", s)) for w in ((2, 8), (4, 4)) for s in SEEDS for t in CURVE_TASKS]
+    points += [finer(permuted(t, TIGHT, s)) for s in SEEDS for t in CURVE_TASKS]
     points += [
         longer(point)
         for s in SEEDS

@@ -246,13 +246,21 @@ class Quantizer(Float32State):
         if not self.is_calibrated or (bool(self.fitted) and not again):
             return
         self.forget_fit()
+        best = self._best_ranges(x, bits)
+        self.log_range.copy_(best.abs().log().reshape(self.log_range.shape))
+        if self.sides is not None:
+            self.sides.copy_(best.sign().reshape(self.sides.shape))
+        self.fitted.fill_(True)
+
+    def _best_ranges(self, x: Tensor, bits: int) -> Tensor:
+        """What `fit` chooses, of the shape of `range_`; negative where the additional code lies above zero."""
         values = x.detach().to(torch.float32)
         reached = self.layout.magnitudes(values).clamp(min=RANGE_FLOOR) / (1.0 - 1.0 / (2.0**bits - 1.0))
-        self.log_range.copy_((reached * scale_headroom(self.layout.scale_bits)).log())
-        self.fitted.fill_(True)
+        # As a logarithm, since that is how a range is kept.
+        widest = (reached * scale_headroom(self.layout.scale_bits)).log().exp().reshape(self.range_.shape)
         if bits > FITTED_BITS:
-            return
-        parts, widest = self.layout.parts(values), self.range_
+            return widest
+        parts = self.layout.parts(values)
         best, least = widest, torch.full_like(widest, math.inf)
         signs = (1.0, -1.0) if self.full else (1.0,)
         for factor in (sign * size for size in FIT_FACTORS for sign in signs):
@@ -260,9 +268,27 @@ class Quantizer(Float32State):
             error = (round_to_grid(parts, candidate, bits, signed=self.is_signed, full=self.full) - parts).square()
             total = error.sum() if candidate.dim() == 0 else error.sum(dim=-1, keepdim=True)
             best, least = torch.where(total < least, candidate, best), torch.minimum(total, least)
-        self.log_range.copy_(best.abs().log().reshape(self.log_range.shape))
-        if self.sides is not None:
-            self.sides.copy_(best.sign().reshape(self.sides.shape))
+        return best
+
+    @torch.no_grad()
+    def error_left_by_fit(self, x: Tensor, bits: int) -> float:
+        """Squared error of rounding a weight to a width once its ranges are fitted, over that with the present ones.
+
+        Args:
+            x: the weight.
+            bits: 2, 4, 8, 16 or 32.
+
+        Returns:
+            1 where there is no range, or no error now.
+        """
+        if not self.is_calibrated:
+            return 1.0
+        parts = self.layout.parts(x.detach().to(torch.float32))
+        now = round_to_grid(parts, self.range_, bits, signed=self.is_signed)
+        ranges = self._storable(self._best_ranges(x, bits), bits)
+        then = round_to_grid(parts, ranges, bits, signed=self.is_signed, full=self.full)
+        before, after = ((rounded - parts).square().sum().item() for rounded in (now, then))
+        return after / before if before > 0.0 else 1.0
 
     def forget_fit(self) -> None:
         """Take the nearest codes again, and let the next `fit` choose the ranges."""

@@ -1,4 +1,4 @@
-"""With which range an activation is rounded best, judged by the values that some passes show."""
+"""With which range an activation is rounded best at each width, judged by the values that some passes show."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from rankbits.quant.codes import round_to_grid
-from rankbits.quant.grid import bits_of_gates
+from rankbits.quant.grid import BIT_WIDTHS
 from rankbits.quant.quantizer import Quantizer
 
 FACTORS = tuple(2.0 ** (-step / 4.0) for step in range(25))
 """Ranges that are tried, in units of the present one: down to a 64th of it, each 16 % below the one before."""
-ROWS = 256
+FITTED_WIDTHS = BIT_WIDTHS[:3]
+"""Widths at which a range is chosen. From 16 bits on there are so many codes that nothing is gained by clipping."""
+ROWS = 64
 """Rows of a pass that are looked at, drawn at random."""
 
 
@@ -29,30 +31,38 @@ class RangeFit:
 
     def __init__(self, quantizer: Quantizer, seed: int = 0) -> None:
         self.quantizer = quantizer
-        self.errors = torch.zeros(len(FACTORS), device=quantizer.log_range.device)
+        self.errors = torch.zeros(len(FITTED_WIDTHS), len(FACTORS), device=quantizer.log_range.device)
         self._generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
-    def see(self, x: Tensor, gates: Tensor) -> None:
-        """Add the squared errors of one pass.
-
-        Args:
-            x: [..., features], what the quantizer rounds.
-            gates: [4] bool, its hard, chained width gates.
-        """
+    def see(self, x: Tensor) -> None:
+        """Add the squared errors of one pass, x [..., features]."""
         rows = x.detach().reshape(-1, x.shape[-1])
         if len(rows) > ROWS:
             drawn = torch.randint(len(rows), (ROWS,), generator=self._generator)
             rows = rows[drawn.to(rows.device)]
-        rows = rows.to(torch.float32)
-        bits, signed = bits_of_gates(gates), self.quantizer.is_signed
-        for position, factor in enumerate(FACTORS):
-            rounded = round_to_grid(rows, self.quantizer.range_ * factor, bits, signed=signed)
-            self.errors[position] += (rounded - rows).square().sum()
+        rows, signed = rows.to(torch.float32), self.quantizer.is_signed
+        for errors, bits in zip(self.errors, FITTED_WIDTHS, strict=True):
+            for position, factor in enumerate(FACTORS):
+                rounded = round_to_grid(rows, self.quantizer.range_ * factor, bits, signed=signed)
+                errors[position] += (rounded - rows).square().sum()
+
+    def errors_left(self) -> Tensor:
+        """[widths] squared error with the best range over that with the present one; 1 where there is none now."""
+        present, best = self.errors[:, 0], self._finite().amin(dim=1)
+        known = present.isfinite() & (present > 0.0)
+        return torch.where(known, best / torch.where(known, present, 1.0), 1.0)
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Give the quantizer the range with the least error, the widest of equals, or its own if none is finite."""
-        errors = torch.where(self.errors.isfinite(), self.errors, torch.inf)
-        factors = torch.tensor(FACTORS, device=errors.device)
-        self.quantizer.log_range.add_(factors[errors.argmin()].log())
+    def settle(self, bits: int) -> None:
+        """Give the quantizer the range with the least error at a width, the widest of equals; its own if all are NaN.
+
+        Args:
+            bits: above `FITTED_WIDTHS` the range stays.
+        """
+        if bits in FITTED_WIDTHS:
+            best = self._finite()[FITTED_WIDTHS.index(bits)].argmin()
+            self.quantizer.log_range.add_(torch.tensor(FACTORS, device=best.device)[best].log())
+
+    def _finite(self) -> Tensor:
+        return torch.where(self.errors.isfinite(), self.errors, torch.inf)

@@ -40,7 +40,7 @@ def compensate(model: nn.Module, layers: Sequence[tuple[BayesianLoraLinear, str]
         layers: and the names of their adapters.
         passes: inputs of the model.
     """
-    with awaiting_codes(model, layers):
+    with _awaiting_codes(model, layers):
         for some in _together(layers):
             moments = _moments(model, some, passes)
             for (layer, name), moment in zip(some, moments, strict=True):
@@ -48,7 +48,7 @@ def compensate(model: nn.Module, layers: Sequence[tuple[BayesianLoraLinear, str]
 
 
 @contextmanager
-def awaiting_codes(model: nn.Module, layers: Sequence[tuple[BayesianLoraLinear, str]]) -> Iterator[None]:
+def _awaiting_codes(model: nn.Module, layers: Sequence[tuple[BayesianLoraLinear, str]]) -> Iterator[None]:
     """Run the weights of these layers unrounded, and those that are rounded later."""
     later = [(layer, name) for layer, name in compensated(model) if layer.learns_unrounded[name]]
     waiting = [*layers, *later]

@@ -8,14 +8,20 @@ from typing import Any
 from torch import nn
 
 from rankbits.errors import RankbitsWarning, ScheduleError
-from rankbits.training.activation_ranges import fit_activation_ranges, fitted_quantizers
-from rankbits.training.compensation import awaiting_codes, compensate, compensated
+from rankbits.training.activation_ranges import (
+    Fits,
+    expect_fitted_ranges,
+    fitted_quantizers,
+    range_fits,
+    settle_ranges,
+)
+from rankbits.training.compensation import compensate, compensated
 from rankbits.training.passes import PASSES, RecentPasses
 from rankbits.tuners.bayesian_lora.config import Placement
 
 
 class Replay:
-    """Runs the last training passes once more when widths are known, and after the last step, and chooses by them.
+    """Runs the last training passes once more as widths become known, and after the last step, and chooses by them.
 
     Args:
         model: what is trained.
@@ -48,11 +54,18 @@ class Replay:
         # Of sums as of W0 some may be rounded when their widths are known: those at 2 bits.
         at = (fixed_from, total_steps) if sums else (fixed_from,)
         self.recent = RecentPasses(model, at if any(asked for _, asked in asked_for.values()) else ())
+        self._fits: Fits = {}
+
+    def look_ahead(self, completed_steps: int) -> None:
+        """Before gates are chosen: see what ranges of activations will be, and let the evidence for gates know."""
+        if completed_steps == self.fixed_from and self.recent.passes and fitted_quantizers(self.model):
+            self._fits = range_fits(self.model, self.recent.passes)
+            expect_fitted_ranges(self.model, self._fits)
 
     def advance(self, completed_steps: int) -> None:
         """Choose what is to be chosen after so many optimizer steps, and keep passes where they will be needed."""
         passes = self.recent.passes
-        ranges = fitted_quantizers(self.model) if completed_steps == self.fixed_from else []
+        ranges = completed_steps == self.fixed_from and bool(fitted_quantizers(self.model))
         codes = []
         if completed_steps in self.recent.at:
             codes = [(layer, name) for layer, name in compensated(self.model) if layer.awaits_compensation(name)]
@@ -67,10 +80,10 @@ class Replay:
                 RankbitsWarning,
                 stacklevel=3,
             )
-        elif ranges or codes:
-            # First the ranges: codes make up for each other in what a layer reads once it is rounded.
-            with awaiting_codes(self.model, codes):
-                fit_activation_ranges(self.model, ranges, passes)
+        # First the ranges: codes make up for each other in what a layer reads once it is rounded.
+        settle_ranges(self.model, self._fits)
+        self._fits = {}
+        if codes and passes:
             compensate(self.model, codes, passes)
         self.recent.resume(completed_steps)
 

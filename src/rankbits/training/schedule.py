@@ -211,11 +211,12 @@ class GateSchedule:
             if self.completed_steps == self.calibrated_at:
                 # From here on gates are judged: a quantizer that still only records could not defend its bits.
                 layer.finish_calibration(name)
+        self._share_ranges()
+        self.replay.look_ahead(self.completed_steps)
         if self.controller is not None:
             self.controller.advance(self.completed_steps)
         if self.completed_steps == self.fixed_from:
             self._warn_if_all_closed()
-        self._share_ranges()
         self._enter()
         self.replay.advance(self.completed_steps)
 

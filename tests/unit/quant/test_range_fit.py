@@ -9,7 +9,7 @@ from torch import Tensor
 from rankbits.quant.codes import round_to_grid
 from rankbits.quant.grid import Signedness
 from rankbits.quant.quantizer import Quantizer
-from rankbits.quant.range_fit import FACTORS, ROWS, RangeFit
+from rankbits.quant.range_fit import FACTORS, FITTED_WIDTHS, ROWS, RangeFit
 
 
 def _quantizer(x: Tensor, signedness: Signedness = Signedness.AUTO) -> Quantizer:
@@ -20,10 +20,6 @@ def _quantizer(x: Tensor, signedness: Signedness = Signedness.AUTO) -> Quantizer
 
 def _range(quantizer: Quantizer) -> float:
     return float(quantizer.range_.detach())
-
-
-def _gates(bits: int) -> Tensor:
-    return torch.tensor([width <= bits for width in (4, 8, 16, 32)])
 
 
 def _with_outliers(rows: int = 64) -> Tensor:
@@ -46,22 +42,24 @@ def test_the_range_is_the_one_with_the_least_squared_error(bits: int, *, signed:
     quantizer = _quantizer(x)
     fit = RangeFit(quantizer)
     for part in x.split(16):
-        fit.see(part, _gates(bits))
+        fit.see(part)
     errors = [_error(x, 10.0 * factor, bits, signed=signed) for factor in FACTORS]
-    torch.testing.assert_close(fit.errors, torch.tensor(errors), rtol=1e-4, atol=1e-3)
-    fit.settle()
+    torch.testing.assert_close(fit.errors[FITTED_WIDTHS.index(bits)], torch.tensor(errors), rtol=1e-4, atol=1e-3)
+    assert float(fit.errors_left()[FITTED_WIDTHS.index(bits)]) == pytest.approx(min(errors) / errors[0], rel=1e-3)
+    fit.settle(bits)
     best = min(range(len(FACTORS)), key=errors.__getitem__)
     assert _range(quantizer) == pytest.approx(10.0 * FACTORS[best], rel=1e-5)
     assert (best > 0) == (bits < 8)  # of 255 codes enough are left for the many, of 15 not
     assert quantizer.is_signed == signed
 
 
-def test_at_32_bits_nothing_is_clipped_for_nothing_is_rounded() -> None:
+def test_from_16_bits_on_a_range_stays() -> None:
     x = _with_outliers()
     quantizer = _quantizer(x)
     fit = RangeFit(quantizer)
-    fit.see(x, _gates(32))
-    fit.settle()
+    fit.see(x)
+    fit.settle(16)
+    fit.settle(32)
     assert _range(quantizer) == pytest.approx(10.0)
 
 
@@ -71,8 +69,8 @@ def test_units_do_not_matter() -> None:
     for unit in (1.0, 1024.0):
         quantizer = _quantizer(unit * x)
         fit = RangeFit(quantizer)
-        fit.see(unit * x, _gates(4))
-        fit.settle()
+        fit.see(unit * x)
+        fit.settle(4)
         fits.append(_range(quantizer) / unit)
     assert fits[0] == pytest.approx(fits[1], rel=1e-6)
 
@@ -83,16 +81,16 @@ def test_rows_are_drawn_from_the_whole_pass_and_the_default_generator_is_left_al
     quantizer = _quantizer(x, Signedness.SIGNED)
     before = torch.get_rng_state()
     fit = RangeFit(quantizer)
-    fit.see(x[0], _gates(2))
+    fit.see(x[0])
     first = fit.errors.clone()
     assert torch.equal(torch.get_rng_state(), before)
     # A row of ones costs 4 (1 - 2/3)^2 with the present range; one in seven are ones.
-    share = float(first[0]) / (4 / 9) / ROWS
+    share = float(first[0, 0]) / (4 / 9) / ROWS
     assert 0.07 < share < 0.22
     again = RangeFit(quantizer)
-    again.see(x[0], _gates(2))
+    again.see(x[0])
     assert torch.equal(again.errors, first)
-    fit.see(x[0], _gates(2))
+    fit.see(x[0])
     assert not torch.equal(fit.errors, 2 * first)
 
 
@@ -100,8 +98,9 @@ def test_rows_are_drawn_from_the_whole_pass_and_the_default_generator_is_left_al
 def test_values_that_are_not_finite_change_nothing(value: float) -> None:
     quantizer = _quantizer(_with_outliers())
     fit = RangeFit(quantizer)
-    fit.see(torch.full((4, 8), value), _gates(4))
-    fit.settle()
+    fit.see(torch.full((4, 8), value))
+    assert torch.equal(fit.errors_left(), torch.ones(3))
+    fit.settle(4)
     assert _range(quantizer) == pytest.approx(10.0)
 
 
@@ -109,7 +108,7 @@ def test_half_precision_is_judged_in_single_precision() -> None:
     x = _with_outliers()
     quantizer = _quantizer(x.bfloat16())
     fit = RangeFit(quantizer)
-    fit.see(x.bfloat16(), _gates(4))
+    fit.see(x.bfloat16())
     expected = [_error(x.bfloat16(), 10.0 * factor, 4, signed=True) for factor in FACTORS]
-    torch.testing.assert_close(fit.errors, torch.tensor(expected), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(fit.errors[1], torch.tensor(expected), rtol=1e-4, atol=1e-3)
     assert round_to_grid(x, quantizer.range_, 4, signed=True).dtype == torch.float32

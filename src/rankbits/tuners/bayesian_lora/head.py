@@ -186,6 +186,11 @@ class QuantizedHeadLinear(nn.Linear):
             gates, row = decided
             quantizer.fit(self.weight, int(bits_of_gates(gates.widths_of(row, hard=True))))
 
+    def error_left_by_fit(self, adapter_name: str, bits: int) -> float:
+        """Squared error of the weight at a width once its range is fitted, over that with the present one."""
+        quantizer = self.quantizer_of(adapter_name, Site.WEIGHT)
+        return quantizer.error_left_by_fit(self.weight, bits) if isinstance(quantizer, Quantizer) else 1.0
+
     def cover_weights(self, adapter_name: str) -> None:
         """Widen the range of the weight while it still grows from its start."""
         quantizer = self.quantizer_of(adapter_name, Site.WEIGHT)

@@ -48,6 +48,13 @@ class RoundedWeight(GatedAdapters):
             quantizer, bits = found
             quantizer.fit(self._to_round(adapter_name), bits, again=again)
 
+    def error_left_by_fit(self, adapter_name: str, bits: int) -> float:
+        """Squared error of the weight at a width once its ranges are fitted, over that with the present ones."""
+        quantizer = self.quantizers_of(adapter_name).get(Site.WEIGHT.value)
+        if not isinstance(quantizer, Quantizer):
+            return 1.0
+        return quantizer.error_left_by_fit(self._to_round(adapter_name), bits)
+
     def forget_rounding(self, adapter_name: str) -> None:
         """Fit the ranges of the weight, and choose its codes, anew when its width is known."""
         quantizer = self.quantizers_of(adapter_name).get(Site.WEIGHT.value)
