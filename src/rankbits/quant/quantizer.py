@@ -246,21 +246,23 @@ class Quantizer(Float32State):
         if not self.is_calibrated or (bool(self.fitted) and not again):
             return
         self.forget_fit()
-        best = self._best_ranges(x, bits)
-        self.log_range.copy_(best.abs().log().reshape(self.log_range.shape))
+        logarithms, sides = self._best_ranges(x, bits)
+        self.log_range.copy_(logarithms)
         if self.sides is not None:
-            self.sides.copy_(best.sign().reshape(self.sides.shape))
+            self.sides.copy_(sides)
         self.fitted.fill_(True)
 
-    def _best_ranges(self, x: Tensor, bits: int) -> Tensor:
-        """What `fit` chooses, of the shape of `range_`; negative where the additional code lies above zero."""
+    def _best_ranges(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """What `fit` chooses: logarithms of ranges, and their signs, negative where the additional code is above zero.
+
+        Both of the shape of `log_range`.
+        """
         values = x.detach().to(torch.float32)
         reached = self.layout.magnitudes(values).clamp(min=RANGE_FLOOR) / (1.0 - 1.0 / (2.0**bits - 1.0))
-        # As a logarithm, since that is how a range is kept.
-        widest = (reached * scale_headroom(self.layout.scale_bits)).log().exp().reshape(self.range_.shape)
+        logarithms = (reached * scale_headroom(self.layout.scale_bits)).log()
         if bits > FITTED_BITS:
-            return widest
-        parts = self.layout.parts(values)
+            return logarithms, torch.ones_like(logarithms)
+        parts, widest = self.layout.parts(values), logarithms.exp().reshape(self.range_.shape)
         best, least = widest, torch.full_like(widest, math.inf)
         signs = (1.0, -1.0) if self.full else (1.0,)
         for factor in (sign * size for size in FIT_FACTORS for sign in signs):
@@ -268,7 +270,7 @@ class Quantizer(Float32State):
             error = (round_to_grid(parts, candidate, bits, signed=self.is_signed, full=self.full) - parts).square()
             total = error.sum() if candidate.dim() == 0 else error.sum(dim=-1, keepdim=True)
             best, least = torch.where(total < least, candidate, best), torch.minimum(total, least)
-        return best
+        return best.abs().log().reshape(logarithms.shape), best.sign().reshape(logarithms.shape)
 
     @torch.no_grad()
     def error_left_by_fit(self, x: Tensor, bits: int) -> float:
@@ -285,7 +287,8 @@ class Quantizer(Float32State):
             return 1.0
         parts = self.layout.parts(x.detach().to(torch.float32))
         now = round_to_grid(parts, self.range_, bits, signed=self.is_signed)
-        ranges = self._storable(self._best_ranges(x, bits), bits)
+        logarithms, sides = self._best_ranges(x, bits)
+        ranges = self._storable((logarithms.exp() * sides).reshape(self.range_.shape), bits)
         then = round_to_grid(parts, ranges, bits, signed=self.is_signed, full=self.full)
         before, after = ((rounded - parts).square().sum().item() for rounded in (now, then))
         return after / before if before > 0.0 else 1.0
