@@ -23,6 +23,7 @@ from points import (
     VARIANTS,
     Point,
     adalora,
+    finer,
     foreign,
     learned,
     longer,
@@ -51,6 +52,7 @@ def report() -> str:
         ("Learning rates on held-out training rows", rates),
         ("The claim: q + ra against LoRA", claims),
         ("MRPC with more epochs", longer_runs),
+        ("Finer grids where budgets are tight", finer_runs),
         ("Score against budget", curve),
         ("LoRA rounded after training", rounding),
         ("What q + ra wins back of that", won_back),
@@ -160,6 +162,30 @@ def _verdict(budget: float, means: Sequence[float]) -> str:
     return f"- bops={budget:g}: mean over tasks {mean:+.2f} points, allowed {-allowed:+.1f}: {word}."
 
 
+def _finer(make: Make) -> Make:
+    return lambda task, seed: finer(make(task, seed))
+
+
+def finer_runs() -> list[str]:
+    """Budgets below W4A8's against LoRA: the recipe for all budgets, and what finer grids and fitted inputs add."""
+    head = ["task", "% of 32-bit", "grids", "LoRA", "q + ra", "difference"]
+    head += ["training loss", "LoRA's", "bytes %", "W bits", "x bits", "rank"]
+    rows = []
+    for task in CURVE_TASKS:
+        for budget in (MIXED, TIGHT):
+            for name, ours in (("groups of 64", _ours(budget)), ("fine", _finer(_ours(budget)))):
+                found, difference = pairs(task, ours, lora), differences(task, ours, lora)
+                if difference is None:
+                    continue
+                mine, theirs = zip(*found, strict=True)
+                cells = [spread(Sample([o.score for o in side])) for side in (theirs, mine)]
+                losses = [spread(Sample([o.loss for o in side])) for side in (mine, theirs)]
+                share = f"{100 * budget / REFERENCE_RATIO:.2f}"
+                costs = [_percent(o.weight_bytes for o in mine), *_learned(mine)]
+                rows.append([task, share, name, *cells, interval(difference), *losses, *costs])
+    return _table(head, rows)
+
+
 def longer_runs() -> list[str]:
     """MRPC where 2-bit and 4-bit weights mix, against LoRA, with the usual epochs and with more."""
 
@@ -243,16 +269,32 @@ def won_back() -> list[str]:
     return _table(["task", "% of 32-bit", "lost by rounding", "lost by q + ra", "won back %"], rows)
 
 
+def _permuted(task: str, seed: int) -> Point:
+    return permuted(task, TIGHT, seed)
+
+
+def _fixed(widths: tuple[int, int]) -> Make:
+    return lambda task, seed: uniform(task, widths, "group", seed)
+
+
+def _width_name(widths: tuple[int, int]) -> str:
+    return "uniform w{}a{}".format(*widths)
+
+
 def allocations() -> list[str]:
     """Learned minus permuted and minus uniform, paired by seed; single seeds at other widths of the same cost."""
-    others: list[tuple[str, float, Make]] = [("permuted", TIGHT, lambda t, s: permuted(t, TIGHT, s))]
-    for budget, widths in UNIFORM.items():
-        others.append((f"uniform {SAME_COST[budget]}", budget, lambda t, s, w=widths: uniform(t, w, "group", s)))
+    others = [("permuted", _ours(TIGHT), _permuted)]
+    others += [(_width_name(widths), _ours(budget), _fixed(widths)) for budget, widths in UNIFORM.items()]
+    fine = [
+        ("permuted", _permuted),
+        *((_width_name(widths), _fixed(widths)) for widths in (UNIFORM[TIGHT], ALSO_UNIFORM)),
+    ]
+    others += [(f"{name}, fine", _finer(_ours(TIGHT)), _finer(theirs)) for name, theirs in fine]
     rows = []
     for task in CURVE_TASKS:
-        for label, budget, theirs in others:
-            found = pairs(task, _ours(budget), theirs)
-            difference = differences(task, _ours(budget), theirs)
+        for label, ours, theirs in others:
+            found = pairs(task, ours, theirs)
+            difference = differences(task, ours, theirs)
             if difference is not None:
                 sides = list(zip(*found, strict=True))
                 scores, losses = (

@@ -423,6 +423,34 @@ def test_more_epochs_stand_beside_the_usual_ones(study, monkeypatch: pytest.Monk
     assert tables.longer_runs()[2:] == ["| 3 | 80.00 | 75.00 | -5.00 |", "| 6 | 84.00 | 83.00 | -1.00 |"]
 
 
+def test_finer_grids_stand_beside_the_usual_ones(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, points, outcomes = study.load("tables"), study.load("points"), study.load("outcomes")
+    lora, ours = points.lora("mrpc", 43), points.learned("mrpc", "q-ra", "merged", points.MIXED, 43)
+    scores = {lora.name: 80.0, ours.name: 75.0, points.finer(ours).name: 79.0}
+    made = {name: outcomes.Outcome(score, 0.02, 0.1, 0.2, 8.0, 3.0, 6.0, 1, 0.5) for name, score in scores.items()}
+    monkeypatch.setattr(tables, "outcome", made.get)
+    costs = "0.50 | 0.50 | 10.00 | 3.00 | 6.00 | 8.00 |"
+    assert tables.finer_runs()[2:] == [
+        f"| mrpc | 2.34 | groups of 64 | 80.00 | 75.00 | -5.00 | {costs}",
+        f"| mrpc | 2.34 | fine | 80.00 | 79.00 | -1.00 | {costs}",
+    ]
+
+
+def test_finer_points_differ_in_their_grids_alone_and_go_back_to_finer_ones(study) -> None:
+    points = study.load("points")
+    for make in (
+        lambda s: points.learned("stsb", "q-ra", "merged", points.TIGHT, s),
+        lambda s: points.uniform("stsb", (2, 8), "group", s),
+        lambda s: points.permuted("stsb", points.TIGHT, s),
+    ):
+        fine, usual = points.finer(make(43)), make(43)
+        assert fine.changes == (*usual.changes, *points.FINE)
+        assert (fine.task, fine.seed, fine.kind, fine.widths) == (usual.task, usual.seed, usual.kind, usual.widths)
+        assert fine.name == usual.name.replace("-seed43", "-fine-seed43")
+        assert fine in points.POINTS
+    assert fine.source == points.finer(points.learned("stsb", "q-ra", "merged", points.TIGHT, 43)).name
+
+
 def test_learned_widths_are_compared_where_permuted_and_uniform_ones_are_run(study, monkeypatch) -> None:
     tables, points, outcomes = study.load("tables"), study.load("points"), study.load("outcomes")
     names = {point.name for point in points.POINTS}
@@ -433,7 +461,8 @@ def test_learned_widths_are_compared_where_permuted_and_uniform_ones_are_run(stu
     monkeypatch.setattr(tables, "outcome", outcome)
     text = "\n".join(tables.allocations())
     for task in points.CURVE_TASKS:
-        for other in ("permuted", "uniform w2a8", "uniform w4a8"):
+        fine = [f"{name}, fine" for name in ("permuted", "uniform w2a8", "uniform w4a4")]
+        for other in ("permuted", "uniform w2a8", "uniform w4a8", *fine):
             assert f"| {task} | {other} | 80.00 ± 0.00 | 80.00 ± 0.00 | +0.00 [+0.00, +0.00] | 0.50 ± 0.00 |" in text
 
 
