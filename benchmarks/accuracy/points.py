@@ -172,9 +172,8 @@ def learned(task: str, variant: str, placement: str, budget: float, seed: int) -
 
 
 def finer(point: Point) -> Point:
-    """The same, or what is made from the same, with `FINE`."""
-    source = None if point.source is None else point.source.replace("-seed", "-fine-seed")
-    return replace(point, label=f"{point.label}-fine", changes=(*point.changes, *FINE), source=source)
+    """The same with `FINE`."""
+    return replace(point, label=f"{point.label}-fine", changes=(*point.changes, *FINE))
 
 
 def longer(point: Point) -> Point:
@@ -190,11 +189,12 @@ def uniform(task: str, widths: tuple[int, int], granularity: str, seed: int) -> 
     return Point(task, label, seed, Kind.FIXED, changes, widths=widths)
 
 
-def permuted(task: str, budget: float, seed: int) -> Point:
+def permuted(task: str, budget: float, seed: int, *, fine: bool = False) -> Point:
     """Learned widths and ranks, dealt out to other layers at the same cost and trained with fixed gates."""
     source = learned(task, "q-ra", DEFAULT_PLACEMENT, budget, seed)
     changes = (*ours(DEFAULT_PLACEMENT), *work(task, seed, rate=OUR_RATE))
-    return Point(task, f"permuted-bops{budget:g}", seed, Kind.FIXED, changes, source=source.name)
+    point = Point(task, f"permuted-bops{budget:g}", seed, Kind.FIXED, changes, source=source.name)
+    return replace(finer(point), source=finer(source).name) if fine else point
 
 
 def rounded(task: str, seed: int) -> Point:
@@ -273,7 +273,7 @@ def _all() -> list[Point]:
         finer(learned(t, "q-ra", DEFAULT_PLACEMENT, b, s)) for b in (MIXED, TIGHT) for s in SEEDS for t in CURVE_TASKS
     ]
     points += [finer(uniform(t, w, "group", s)) for w in ((2, 8), (4, 4)) for s in SEEDS for t in CURVE_TASKS]
-    points += [finer(permuted(t, TIGHT, s)) for s in SEEDS for t in CURVE_TASKS]
+    points += [permuted(t, TIGHT, s, fine=True) for s in SEEDS for t in CURVE_TASKS]
     points += [
         longer(point)
         for s in SEEDS

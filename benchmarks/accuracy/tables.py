@@ -269,8 +269,8 @@ def won_back() -> list[str]:
     return _table(["task", "% of 32-bit", "lost by rounding", "lost by q + ra", "won back %"], rows)
 
 
-def _permuted(task: str, seed: int) -> Point:
-    return permuted(task, TIGHT, seed)
+def _permuted(*, fine: bool = False) -> Make:
+    return lambda task, seed: permuted(task, TIGHT, seed, fine=fine)
 
 
 def _fixed(widths: tuple[int, int]) -> Make:
@@ -283,13 +283,11 @@ def _width_name(widths: tuple[int, int]) -> str:
 
 def allocations() -> list[str]:
     """Learned minus permuted and minus uniform, paired by seed; single seeds at other widths of the same cost."""
-    others = [("permuted", _ours(TIGHT), _permuted)]
+    others = [("permuted", _ours(TIGHT), _permuted())]
     others += [(_width_name(widths), _ours(budget), _fixed(widths)) for budget, widths in UNIFORM.items()]
-    fine = [
-        ("permuted", _permuted),
-        *((_width_name(widths), _fixed(widths)) for widths in (UNIFORM[TIGHT], ALSO_UNIFORM)),
-    ]
-    others += [(f"{name}, fine", _finer(_ours(TIGHT)), _finer(theirs)) for name, theirs in fine]
+    fine = [("permuted", _permuted(fine=True))]
+    fine += [(_width_name(widths), _finer(_fixed(widths))) for widths in (UNIFORM[TIGHT], ALSO_UNIFORM)]
+    others += [(f"{name}, fine", _finer(_ours(TIGHT)), theirs) for name, theirs in fine]
     rows = []
     for task in CURVE_TASKS:
         for label, ours, theirs in others:

@@ -273,25 +273,24 @@ class Quantizer(Float32State):
         return best.abs().log().reshape(logarithms.shape), best.sign().reshape(logarithms.shape)
 
     @torch.no_grad()
-    def error_left_by_fit(self, x: Tensor, bits: int) -> float:
-        """Squared error of rounding a weight to a width once its ranges are fitted, over that with the present ones.
+    def errors_of_fit(self, x: Tensor, bits: int) -> Tensor:
+        """[2] squared errors of rounding a weight to a width: with the present ranges, and once they are fitted.
 
         Args:
             x: the weight.
             bits: 2, 4, 8, 16 or 32.
 
         Returns:
-            1 where there is no range, or no error now.
+            On the device of `x`; zeros while there is no range.
         """
         if not self.is_calibrated:
-            return 1.0
+            return torch.zeros(2, device=x.device)
         parts = self.layout.parts(x.detach().to(torch.float32))
         now = round_to_grid(parts, self.range_, bits, signed=self.is_signed)
         logarithms, sides = self._best_ranges(x, bits)
         ranges = self._storable((logarithms.exp() * sides).reshape(self.range_.shape), bits)
         then = round_to_grid(parts, ranges, bits, signed=self.is_signed, full=self.full)
-        before, after = ((rounded - parts).square().sum().item() for rounded in (now, then))
-        return after / before if before > 0.0 else 1.0
+        return torch.stack([(rounded - parts).square().sum() for rounded in (now, then)])
 
     def forget_fit(self) -> None:
         """Take the nearest codes again, and let the next `fit` choose the ranges."""

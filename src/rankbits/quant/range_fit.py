@@ -9,8 +9,9 @@ from rankbits.quant.codes import round_to_grid
 from rankbits.quant.grid import BIT_WIDTHS
 from rankbits.quant.quantizer import Quantizer
 
-FACTORS = tuple(2.0 ** (-step / 4.0) for step in range(25))
-"""Ranges that are tried, in units of the present one: down to a 64th of it, each 16 % below the one before."""
+FACTORS = tuple(2.0 ** (-step / 4.0) for step in range(-4, 25))
+"""Ranges that are tried, in units of the present one: from twice to a 64th of it, each 16 % below the one before."""
+PRESENT = FACTORS.index(1.0)
 FITTED_WIDTHS = BIT_WIDTHS[:3]
 """Widths at which a range is chosen. From 16 bits on there are so many codes that nothing is gained by clipping."""
 ROWS = 64
@@ -41,27 +42,30 @@ class RangeFit:
         if len(rows) > ROWS:
             drawn = torch.randint(len(rows), (ROWS,), generator=self._generator)
             rows = rows[drawn.to(rows.device)]
-        rows, signed = rows.to(torch.float32), self.quantizer.is_signed
-        for errors, bits in zip(self.errors, FITTED_WIDTHS, strict=True):
-            for position, factor in enumerate(FACTORS):
-                rounded = round_to_grid(rows, self.quantizer.range_ * factor, bits, signed=signed)
-                errors[position] += (rounded - rows).square().sum()
+        rows = rows.to(torch.float32)
+        ranges = self.quantizer.range_ * torch.tensor(FACTORS, device=rows.device)[:, None, None]  # [factors, 1, 1]
+        for position, bits in enumerate(FITTED_WIDTHS):
+            rounded = round_to_grid(rows, ranges, bits, signed=self.quantizer.is_signed)  # [factors, rows, features]
+            self.errors[position] += (rounded - rows).square().sum(dim=(1, 2))
 
     def errors_left(self) -> Tensor:
         """[widths] squared error with the best range over that with the present one; 1 where there is none now."""
-        present, best = self.errors[:, 0], self._finite().amin(dim=1)
+        present, best = self.errors[:, PRESENT], self._finite().amin(dim=1)
         known = present.isfinite() & (present > 0.0)
         return torch.where(known, best / torch.where(known, present, 1.0), 1.0)
 
     @torch.no_grad()
     def settle(self, bits: int) -> None:
-        """Give the quantizer the range with the least error at a width, the widest of equals; its own if all are NaN.
+        """Give the quantizer the range with the least error at a width, if that is less than with its own.
 
         Args:
             bits: above `FITTED_WIDTHS` the range stays.
         """
-        if bits in FITTED_WIDTHS:
-            best = self._finite()[FITTED_WIDTHS.index(bits)].argmin()
+        if bits not in FITTED_WIDTHS:
+            return
+        errors = self._finite()[FITTED_WIDTHS.index(bits)]
+        best = errors.argmin()
+        if bool(errors[best] < errors[PRESENT]):
             self.quantizer.log_range.add_(torch.tensor(FACTORS, device=best.device)[best].log())
 
     def _finite(self) -> Tensor:

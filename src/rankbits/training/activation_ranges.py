@@ -1,24 +1,26 @@
 """Ranges of activations at the widths that are learned, by what the activations look like in given passes.
 
-While widths are judged each range lies at the largest magnitude, and what a width costs is measured with the error that
-it makes there. Of that error fitted ranges leave a part, which differs from tensor to tensor: so the fit is worked out
-for all widths before one is chosen, and what was measured is taken for what will be delivered.
+Under a budget whose gates are chosen by evidence each range lies at the largest magnitude while widths are judged, and
+what a width costs is measured with the error that it makes there. Of that error fitted ranges leave a part, which
+differs from tensor to tensor: so the fit is worked out for all widths before one is chosen, and what was measured is
+taken for what will be delivered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankbits.quant.grid import bits_of_gates
 from rankbits.quant.quantizer import Quantizer
 from rankbits.quant.range_fit import FITTED_WIDTHS, RangeFit
 from rankbits.training.passes import Passes, run_again
 from rankbits.training.processes import Reduction, agree
-from rankbits.tuners.bayesian_lora import learning_adapters
+from rankbits.tuners.bayesian_lora import BayesianLoraLinear, learning_adapters
 from rankbits.tuners.bayesian_lora.config import Site
 
 Fits = Mapping[Quantizer, RangeFit]
@@ -26,31 +28,57 @@ Fits = Mapping[Quantizer, RangeFit]
 
 def fitted_quantizers(model: nn.Module) -> list[Quantizer]:
     """The quantizers of activations whose ranges are fitted once their width is known."""
-    found = [q for layer, name, _ in learning_adapters(model) for q in layer.quantizers_of(name).values()]
-    return [quantizer for quantizer in found if isinstance(quantizer, Quantizer) and quantizer.fits_passes]
+    return [quantizer for quantizer in _quantizers(model) if quantizer.fits_passes]
+
+
+def _quantizers(model: nn.Module) -> Iterator[Quantizer]:
+    for layer, name, _ in learning_adapters(model):
+        yield from (q for q in layer.quantizers_of(name).values() if isinstance(q, Quantizer))
 
 
 def range_fits(model: nn.Module, passes: Passes) -> Fits:
     """What each range that is tried would cost in these passes, over all processes.
 
-    All are judged by what they read while nothing else has changed.
+    Nothing is rounded in them, so that what is fitted does not depend on what has been chosen already.
 
     Args:
-        model: it is run once in evaluation, with the gates of inference; its mode stays as it was.
+        model: it is run once in evaluation; its mode stays as it was.
         passes: inputs of the model.
 
     Returns:
         By quantizer, those without a range yet left out.
     """
     fits = {quantizer: RangeFit(quantizer) for quantizer in fitted_quantizers(model) if quantizer.is_calibrated}
-    handles = [quantizer.register_forward_pre_hook(_see(fit)) for quantizer, fit in fits.items()]
+    handles = [quantizer.register_forward_pre_hook(_seen_by(fit)) for quantizer, fit in fits.items()]
     try:
-        run_again(model, passes)
+        with _unrounded(model):
+            run_again(model, passes)
     finally:
         for handle in handles:
             handle.remove()
     agree([fit.errors for fit in fits.values()], Reduction.MEAN)
     return fits
+
+
+def _seen_by(fit: RangeFit) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    return lambda _, args: fit.see(args[0])
+
+
+@contextmanager
+def _unrounded(model: nn.Module) -> Iterator[None]:
+    """Let every quantizer of learning adapters hand on what it is given."""
+    handles = [quantizer.register_forward_hook(lambda _, args, __: args[0]) for quantizer in _quantizers(model)]
+    # Not by a hook: a layer keeps its rounded weight for the next pass.
+    layers = [(layer, name) for layer, name, _ in learning_adapters(model) if isinstance(layer, BayesianLoraLinear)]
+    for layer, name in layers:
+        layer.awaits_codes[name] = True
+    try:
+        yield
+    finally:
+        for layer, name in layers:
+            layer.awaits_codes[name] = False
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -63,27 +91,31 @@ def expect_fitted_ranges(model: nn.Module, fits: Fits) -> None:
     for layer, name, gates in learning_adapters(model):
         if not bool(gates.evidence.any()):
             continue
-        rows, quantizers = layer.rows_of(name), layer.quantizers_of(name)
-        for row, site in enumerate(rows):
-            quantizer = quantizers.get(site.value)
-            left = torch.ones(len(FITTED_WIDTHS))
-            if isinstance(quantizer, Quantizer) and quantizer in fits:
-                left = fits[quantizer].errors_left()
+        quantizers = layer.quantizers_of(name)
+        for evidence, site in zip(gates.evidence, layer.rows_of(name), strict=True):
+            fit = fits.get(quantizers[site.value]) if site.value in quantizers else None
+            if fit is not None:
+                left = fit.errors_left()
             elif site is Site.WEIGHT:
-                left = torch.tensor([layer.error_left_by_fit(name, bits) for bits in FITTED_WIDTHS])
+                left = _share(layer.errors_of_fit(name, FITTED_WIDTHS))
+            else:
+                continue
             # The gate at a position closes to the width at that position.
-            gates.evidence[row, : len(left)] *= left.to(gates.evidence.device)
+            evidence[: len(left)] *= left.to(evidence.device)
+
+
+def _share(errors: Tensor) -> Tensor:
+    """[widths] second over first of [widths, 2], 1 where the first is zero."""
+    present, fitted = errors.unbind(dim=1)
+    return torch.where(present > 0.0, fitted / torch.where(present > 0.0, present, 1.0), 1.0)
 
 
 def settle_ranges(model: nn.Module, fits: Fits) -> None:
     """Give each activation the range that suits the width it has by the gates of inference."""
     for layer, name, _ in learning_adapters(model):
         for site, quantizer in layer.quantizers_of(name).items():
-            decided = layer.gate_of(name, Site(site))
-            if isinstance(quantizer, Quantizer) and quantizer in fits and decided is not None:
+            fit = fits.get(quantizer)
+            decided = None if fit is None else layer.gate_of(name, Site(site))
+            if fit is not None and decided is not None:
                 gates, row = decided
-                fits[quantizer].settle(int(bits_of_gates(gates.widths_of(row, hard=True))))
-
-
-def _see(fit: RangeFit) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    return lambda _, args: fit.see(args[0])
+                fit.settle(int(bits_of_gates(gates.widths_of(row, hard=True))))

@@ -77,7 +77,7 @@ class RecentPasses:
             raise ScheduleError(
                 "the checkpoint keeps training passes whose inputs are more than tensors and plain data, which cannot "
                 f"be read back: {str(reason).splitlines()[0]}. Resume from a checkpoint that is more than {PASSES} "
-                "steps before weights are rounded"
+                "steps before they are needed"
             ) from reason
 
     def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -113,7 +113,8 @@ _hand_on: Any = torch.compiler.disable(_hand_on_eagerly)
 def run_again(model: nn.Module, passes: Passes) -> None:
     """Run passes through a model in evaluation, without gradients; afterwards each module is in the mode it was in."""
     device = next(model.parameters()).device
-    with torch.no_grad(), _evaluated(model):
+    # Not compiled: hooks that are there for these passes alone would go unnoticed.
+    with torch.no_grad(), _evaluated(model), torch.compiler.set_stance("force_eager"):
         for inputs in passes:
             args, kwargs = _mapped(lambda tensor: tensor.to(device), inputs)
             model(*args, **kwargs)

@@ -436,19 +436,18 @@ def test_finer_grids_stand_beside_the_usual_ones(study, monkeypatch: pytest.Monk
     ]
 
 
-def test_finer_points_differ_in_their_grids_alone_and_go_back_to_finer_ones(study) -> None:
+def test_finer_points_differ_in_their_grids_alone_and_permuted_ones_go_back_to_finer_ones(study) -> None:
     points = study.load("points")
-    for make in (
-        lambda s: points.learned("stsb", "q-ra", "merged", points.TIGHT, s),
-        lambda s: points.uniform("stsb", (2, 8), "group", s),
-        lambda s: points.permuted("stsb", points.TIGHT, s),
-    ):
-        fine, usual = points.finer(make(43)), make(43)
+    learned = points.learned("stsb", "q-ra", "merged", points.TIGHT, 43)
+    fixed = points.uniform("stsb", (2, 8), "group", 43)
+    dealt, dealt_finely = (points.permuted("stsb", points.TIGHT, 43, fine=fine) for fine in (False, True))
+    made = [(learned, points.finer(learned)), (fixed, points.finer(fixed)), (dealt, dealt_finely)]
+    for usual, fine in made:
         assert fine.changes == (*usual.changes, *points.FINE)
         assert (fine.task, fine.seed, fine.kind, fine.widths) == (usual.task, usual.seed, usual.kind, usual.widths)
         assert fine.name == usual.name.replace("-seed43", "-fine-seed43")
         assert fine in points.POINTS
-    assert fine.source == points.finer(points.learned("stsb", "q-ra", "merged", points.TIGHT, 43)).name
+    assert dealt_finely.source == points.finer(learned).name
 
 
 def test_learned_widths_are_compared_where_permuted_and_uniform_ones_are_run(study, monkeypatch) -> None:

@@ -124,3 +124,14 @@ def test_fit_at_wider_grids_reaches_the_largest_magnitudes(weight, layout, bits)
     quantizer.fit(weight * 2, bits)
     reached = round_to_grid(layout.parts(weight * 2), quantizer.range_.detach(), bits).reshape(weight.shape)
     torch.testing.assert_close(layout.magnitudes(reached), layout.magnitudes(weight * 2), rtol=1e-5, atol=0)
+
+
+def test_at_eight_bits_the_fit_keeps_the_logarithm_of_what_reaches_the_largest_magnitude() -> None:
+    """To the last bit, which an exponential of it and back would not keep."""
+    weight = torch.linspace(0.14, 0.37, 4096)[:, None].repeat(1, 4)
+    quantizer = Quantizer(calibration_passes=0, layout=CHANNEL, shape=(4096, 4))
+    quantizer.calibrate_to(weight)
+    quantizer.fit(weight, 8)
+    expected = (weight.amax(dim=1, keepdim=True) / (1.0 - 1.0 / 255.0)).log()
+    assert torch.equal(quantizer.log_range.detach(), expected)
+    assert not torch.equal(expected.exp().log(), expected)

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankbits.quant.codes import round_to_grid
 from rankbits.quant.grid import Signedness
 from rankbits.quant.quantizer import Quantizer
-from rankbits.quant.range_fit import FACTORS, FITTED_WIDTHS, ROWS, RangeFit
+from rankbits.quant.range_fit import FACTORS, FITTED_WIDTHS, PRESENT, ROWS, RangeFit
 
 
 def _quantizer(x: Tensor, signedness: Signedness = Signedness.AUTO) -> Quantizer:
@@ -45,11 +44,11 @@ def test_the_range_is_the_one_with_the_least_squared_error(bits: int, *, signed:
         fit.see(part)
     errors = [_error(x, 10.0 * factor, bits, signed=signed) for factor in FACTORS]
     torch.testing.assert_close(fit.errors[FITTED_WIDTHS.index(bits)], torch.tensor(errors), rtol=1e-4, atol=1e-3)
-    assert float(fit.errors_left()[FITTED_WIDTHS.index(bits)]) == pytest.approx(min(errors) / errors[0], rel=1e-3)
+    assert float(fit.errors_left()[FITTED_WIDTHS.index(bits)]) == pytest.approx(min(errors) / errors[PRESENT], rel=1e-3)
     fit.settle(bits)
     best = min(range(len(FACTORS)), key=errors.__getitem__)
     assert _range(quantizer) == pytest.approx(10.0 * FACTORS[best], rel=1e-5)
-    assert (best > 0) == (bits < 8)  # of 255 codes enough are left for the many, of 15 not
+    assert (best > PRESENT) == (bits < 8)  # of 255 codes enough are left for the many, of 15 not
     assert quantizer.is_signed == signed
 
 
@@ -85,7 +84,7 @@ def test_rows_are_drawn_from_the_whole_pass_and_the_default_generator_is_left_al
     first = fit.errors.clone()
     assert torch.equal(torch.get_rng_state(), before)
     # A row of ones costs 4 (1 - 2/3)^2 with the present range; one in seven are ones.
-    share = float(first[0, 0]) / (4 / 9) / ROWS
+    share = float(first[0, PRESENT]) / (4 / 9) / ROWS
     assert 0.07 < share < 0.22
     again = RangeFit(quantizer)
     again.see(x[0])
@@ -111,4 +110,23 @@ def test_half_precision_is_judged_in_single_precision() -> None:
     fit.see(x.bfloat16())
     expected = [_error(x.bfloat16(), 10.0 * factor, 4, signed=True) for factor in FACTORS]
     torch.testing.assert_close(fit.errors[1], torch.tensor(expected), rtol=1e-4, atol=1e-3)
-    assert round_to_grid(x, quantizer.range_, 4, signed=True).dtype == torch.float32
+
+
+def test_a_range_can_widen_to_what_reaches_the_largest_value() -> None:
+    """The largest code of two signed bits lies at two thirds of the range."""
+    x = torch.tensor([[-1.0, 1.0, 0.0, 1.0]])
+    quantizer = _quantizer(x)
+    fit = RangeFit(quantizer)
+    fit.see(x)
+    errors = [_error(x, factor, 2, signed=True) for factor in FACTORS]
+    fit.settle(2)
+    assert _range(quantizer) == pytest.approx(FACTORS[min(range(len(FACTORS)), key=errors.__getitem__)])
+    assert _range(quantizer) > 1.0
+
+
+def test_of_nothing_but_zeros_a_range_stays() -> None:
+    quantizer = _quantizer(_with_outliers())
+    fit = RangeFit(quantizer)
+    fit.see(torch.zeros(4, 8))
+    fit.settle(2)
+    assert _range(quantizer) == pytest.approx(10.0)

@@ -87,7 +87,7 @@ class ActivationRanges(str, Enum):
     """Where the range of an activation lies when its width is known; it is trained from there on."""
 
     LARGEST = "largest"
-    """At the largest magnitude of the warm-up, where it was while widths were judged."""
+    """Where it was while widths were judged: by evidence, at the largest magnitude of the warm-up."""
     FITTED = "fitted"
     """Where rounding the activations of the last passes before costs the least squared error."""
 
@@ -143,8 +143,9 @@ class BayesianLoraConfig(PeftConfig):
             its width is known, one more below zero or, where a step is negative, above it.
         scale_bits: bits that each step of the weight's grid is stored in once its width is known: 32, or 16 (half
             precision) or 8 (E4M3) with a power of two that the tensor shares.
-        activation_ranges: where the range of each activation goes when its width is known: "largest" leaves it at the
-            largest magnitude seen until then, "fitted" takes the one with the least squared error in the last passes.
+        activation_ranges: where the range of each activation goes when its width is known: "largest" leaves it
+            where it was, at the largest magnitude seen in the warm-up unless it was trained since; "fitted" takes the
+            one with the least squared error in the last passes.
         granularity: which elements of the weight share a range: "tensor", "channel" (a row) or "group" (consecutive
             inputs of a row). Factors of the update and activations have one range each.
         group_size: elements of a group; it has to divide the inputs of every adapted layer.

@@ -7,7 +7,7 @@ module for each adapter, so that a layer in a copy belongs to exactly one adapte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -186,10 +186,12 @@ class QuantizedHeadLinear(nn.Linear):
             gates, row = decided
             quantizer.fit(self.weight, int(bits_of_gates(gates.widths_of(row, hard=True))))
 
-    def error_left_by_fit(self, adapter_name: str, bits: int) -> float:
-        """Squared error of the weight at a width once its range is fitted, over that with the present one."""
+    def errors_of_fit(self, adapter_name: str, widths: Sequence[int]) -> Tensor:
+        """[widths, 2] squared errors of the weight: with its present range, and once it is fitted; on the host."""
         quantizer = self.quantizer_of(adapter_name, Site.WEIGHT)
-        return quantizer.error_left_by_fit(self.weight, bits) if isinstance(quantizer, Quantizer) else 1.0
+        if not isinstance(quantizer, Quantizer) or self.weight.is_meta:
+            return torch.zeros(len(widths), 2)
+        return torch.stack([quantizer.errors_of_fit(self.weight, bits) for bits in widths]).cpu()
 
     def cover_weights(self, adapter_name: str) -> None:
         """Widen the range of the weight while it still grows from its start."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -48,12 +48,23 @@ class RoundedWeight(GatedAdapters):
             quantizer, bits = found
             quantizer.fit(self._to_round(adapter_name), bits, again=again)
 
-    def error_left_by_fit(self, adapter_name: str, bits: int) -> float:
-        """Squared error of the weight at a width once its ranges are fitted, over that with the present ones."""
-        quantizer = self.quantizers_of(adapter_name).get(Site.WEIGHT.value)
-        if not isinstance(quantizer, Quantizer):
-            return 1.0
-        return quantizer.error_left_by_fit(self._to_round(adapter_name), bits)
+    def errors_of_fit(self, adapter_name: str, widths: Sequence[int]) -> Tensor:
+        """Squared errors of the weights whose width this layer decides, with ranges as they are and as they will be.
+
+        Args:
+            adapter_name: which adapter.
+            widths: at which they are rounded.
+
+        Returns:
+            [widths, 2] on the host: with the present ranges, and once they are fitted. Zeros where nothing is known.
+        """
+        total = torch.zeros(len(widths), 2)
+        for layer in self.readers[adapter_name].get(Site.WEIGHT, (self,)):
+            quantizer = layer.quantizers_of(adapter_name).get(Site.WEIGHT.value)
+            if isinstance(layer, RoundedWeight) and isinstance(quantizer, Quantizer) and not layer.weight.is_meta:
+                weight = layer._to_round(adapter_name)
+                total += torch.stack([quantizer.errors_of_fit(weight, bits) for bits in widths]).cpu()
+        return total
 
     def forget_rounding(self, adapter_name: str) -> None:
         """Fit the ranges of the weight, and choose its codes, anew when its width is known."""
