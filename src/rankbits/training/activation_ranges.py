@@ -23,7 +23,8 @@ from rankbits.training.processes import Reduction, agree
 from rankbits.tuners.bayesian_lora import BayesianLoraLinear, learning_adapters
 from rankbits.tuners.bayesian_lora.config import Site
 
-Fits = Mapping[Quantizer, RangeFit]
+Fits = Mapping[nn.Module, RangeFit]
+"""By the quantizer whose range is fitted."""
 
 
 def fitted_quantizers(model: nn.Module) -> list[Quantizer]:
@@ -48,7 +49,8 @@ def range_fits(model: nn.Module, passes: Passes) -> Fits:
     Returns:
         By quantizer, those without a range yet left out.
     """
-    fits = {quantizer: RangeFit(quantizer) for quantizer in fitted_quantizers(model) if quantizer.is_calibrated}
+    calibrated = [quantizer for quantizer in fitted_quantizers(model) if quantizer.is_calibrated]
+    fits: dict[nn.Module, RangeFit] = {quantizer: RangeFit(quantizer) for quantizer in calibrated}
     handles = [quantizer.register_forward_pre_hook(_seen_by(fit)) for quantizer, fit in fits.items()]
     try:
         with _unrounded(model):
