@@ -71,7 +71,10 @@ class Replay:
         for layer, name in codes:
             layer.fit_weight_range(name, again=True)
         if (ranges or codes) and not self._anybody_saw_a_pass():
-            kept = [*(["activations keep their ranges"] if ranges else []), *(["weights their codes"] if codes else [])]
+            kept = [
+                *(["activations keep their ranges"] if ranges else []),
+                *(["weights keep their nearest codes"] if codes else []),
+            ]
             warnings.warn(
                 f"no training pass of the model was seen in the last {PASSES} steps, so that nothing is known of the "
                 f"inputs of its layers: {' and '.join(kept)}. Train the model that the schedule was made for, or one "
