@@ -9,7 +9,7 @@ taken for what will be delivered.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rankbits.quant.grid import bits_of_gates
 from rankbits.quant.quantizer import Quantizer
 from rankbits.quant.range_fit import FITTED_WIDTHS, RangeFit
+from rankbits.training.compensation import awaiting_codes
 from rankbits.training.passes import Passes, run_again
 from rankbits.training.processes import Reduction, agree
 from rankbits.tuners.bayesian_lora import BayesianLoraLinear, learning_adapters
@@ -51,13 +52,10 @@ def range_fits(model: nn.Module, passes: Passes) -> Fits:
     """
     calibrated = [quantizer for quantizer in fitted_quantizers(model) if quantizer.is_calibrated]
     fits: dict[nn.Module, RangeFit] = {quantizer: RangeFit(quantizer) for quantizer in calibrated}
-    handles = [quantizer.register_forward_pre_hook(_seen_by(fit)) for quantizer, fit in fits.items()]
-    try:
-        with _unrounded(model):
-            run_again(model, passes)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _unrounded(model), ExitStack() as hooks:
+        for quantizer, fit in fits.items():
+            hooks.enter_context(quantizer.register_forward_pre_hook(_seen_by(fit)))
+        run_again(model, passes)
     agree([fit.errors for fit in fits.values()], Reduction.MEAN)
     return fits
 
@@ -69,18 +67,12 @@ def _seen_by(fit: RangeFit) -> Callable[[nn.Module, tuple[Any, ...]], None]:
 @contextmanager
 def _unrounded(model: nn.Module) -> Iterator[None]:
     """Let every quantizer of learning adapters hand on what it is given."""
-    handles = [quantizer.register_forward_hook(lambda _, args, __: args[0]) for quantizer in _quantizers(model)]
-    # Not by a hook: a layer keeps its rounded weight for the next pass.
+    # Not the weights by a hook: a layer keeps its rounded one for the next pass.
     layers = [(layer, name) for layer, name, _ in learning_adapters(model) if isinstance(layer, BayesianLoraLinear)]
-    for layer, name in layers:
-        layer.awaits_codes[name] = True
-    try:
+    with awaiting_codes(layers), ExitStack() as hooks:
+        for quantizer in _quantizers(model):
+            hooks.enter_context(quantizer.register_forward_hook(lambda _, args, __: args[0]))
         yield
-    finally:
-        for layer, name in layers:
-            layer.awaits_codes[name] = False
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ The passes are run through the model in evaluation and with these weights unroun
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ def compensate(model: nn.Module, layers: Sequence[tuple[BayesianLoraLinear, str]
         layers: and the names of their adapters.
         passes: inputs of the model.
     """
-    with _awaiting_codes(model, layers):
+    later = [(layer, name) for layer, name in compensated(model) if layer.learns_unrounded[name]]
+    with awaiting_codes([*layers, *later]):
         for some in _together(layers):
             moments = _moments(model, some, passes)
             for (layer, name), moment in zip(some, moments, strict=True):
@@ -48,16 +49,14 @@ def compensate(model: nn.Module, layers: Sequence[tuple[BayesianLoraLinear, str]
 
 
 @contextmanager
-def _awaiting_codes(model: nn.Module, layers: Sequence[tuple[BayesianLoraLinear, str]]) -> Iterator[None]:
-    """Run the weights of these layers unrounded, and those that are rounded later."""
-    later = [(layer, name) for layer, name in compensated(model) if layer.learns_unrounded[name]]
-    waiting = [*layers, *later]
-    for layer, name in waiting:
+def awaiting_codes(layers: Sequence[tuple[BayesianLoraLinear, str]]) -> Iterator[None]:
+    """Run the weights of these layers unrounded."""
+    for layer, name in layers:
         layer.awaits_codes[name] = True
     try:
         yield
     finally:
-        for layer, name in waiting:
+        for layer, name in layers:
             layer.awaits_codes[name] = False
 
 
@@ -66,19 +65,15 @@ def _moments(model: nn.Module, layers: Sequence[tuple[BayesianLoraLinear, str]],
     moments = [
         torch.zeros(layer.in_features, layer.in_features, device=layer.device_of(name)) for layer, name in layers
     ]
-    handles = []
-    for (layer, name), moment in zip(layers, moments, strict=True):
+    with ExitStack() as hooks:
+        for (layer, name), moment in zip(layers, moments, strict=True):
 
-        def add(module: nn.Module, args: tuple[Any, ...], name: str = name, moment: Tensor = moment) -> None:
-            assert isinstance(module, BayesianLoraLinear)
-            moment += module.input_moment(name, args[0])
+            def add(module: nn.Module, args: tuple[Any, ...], name: str = name, moment: Tensor = moment) -> None:
+                assert isinstance(module, BayesianLoraLinear)
+                moment += module.input_moment(name, args[0])
 
-        handles.append(layer.register_forward_pre_hook(add))
-    try:
+            hooks.enter_context(layer.register_forward_pre_hook(add))
         run_again(model, passes)
-    finally:
-        for handle in handles:
-            handle.remove()
     if has_company():
         for moment in moments:
             torch.distributed.all_reduce(moment)

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from rankbits import BayesianLoraConfig
+from rankbits import BayesianLoraConfig, GateSchedule
 
 HERE = Path(__file__).parent
 
@@ -28,6 +28,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def step_that_leaves_no_trace() -> Callable[[GateSchedule, str], None]:
+    """A step of a schedule, which must leave modes, hooks of layers and random numbers of its model as they were."""
+
+    def step(schedule: GateSchedule, evaluated: str) -> None:
+        schedule.model.get_submodule(evaluated).eval()
+        inner = list(schedule.model.modules())[1:]  # the schedule's own hook is that of the whole model
+        before = [(m.training, len(m._forward_pre_hooks), len(m._forward_hooks)) for m in inner]
+        state = torch.get_rng_state()
+        schedule.step()
+        assert torch.equal(torch.get_rng_state(), state)
+        assert [(m.training, len(m._forward_pre_hooks), len(m._forward_hooks)) for m in inner] == before
+
+    return step
 
 
 @pytest.fixture

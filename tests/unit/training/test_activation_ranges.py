@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from rankbits.errors import RankbitsWarning, ScheduleError
 from rankbits.quant import range_fit
 from rankbits.quant.quantizer import Quantizer
 from rankbits.quant.range_fit import FACTORS, PRESENT, RangeFit
-from rankbits.training.activation_ranges import fitted_quantizers
+from rankbits.training.activation_ranges import fitted_quantizers, range_fits
 from rankbits.tuners.bayesian_lora import adapted_layers, gated_layers
 from rankbits.tuners.bayesian_lora.config import ACTIVATION_SITES, Site
 
@@ -130,18 +132,14 @@ def test_weights_and_factors_are_none_of_its_business() -> None:
     assert len(found) == 2 * 4
 
 
-def test_a_fit_changes_neither_modes_nor_random_numbers_and_leaves_no_hook() -> None:
+def test_a_fit_leaves_no_trace(step_that_leaves_no_trace) -> None:
     model = _model()
     schedule = _schedule(model)
     _train(model, schedule, FIXED_FROM - 1)
-    model.get_submodule("base_model.model.second").eval()
-    modes = [module.training for module in model.modules()]
-    state = torch.get_rng_state()
-    schedule.step()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert [module.training for module in model.modules()] == modes
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    step_that_leaves_no_trace(schedule, "base_model.model.second")
+    assert _range(_quantizer(model)) < 8.0
     assert not schedule.replay.recent.passes
+    assert not model._forward_pre_hooks
 
 
 @pytest.mark.parametrize("at", [3, FIXED_FROM - 1, FIXED_FROM, 10])
@@ -244,6 +242,28 @@ def test_processes_agree_on_one_range(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _range(_quantizer(model)) == pytest.approx(before * FACTORS[-1], rel=1e-5)
 
 
+def test_a_process_that_saw_no_pass_takes_part_with_those_that_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would wait for it otherwise."""
+    reduced: list[int] = []
+
+    def reduce(tensor: Tensor, **_: object) -> None:
+        reduced.append(tensor.numel())
+        if tensor.numel() == 1:  # whether anybody saw a pass
+            tensor.fill_(1.0)
+
+    model = _model()
+    schedule = _schedule(model)
+    _train(model, schedule, FIXED_FROM - 1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    schedule.replay.recent.passes.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedule.step()
+    assert 2 * 3 * len(FACTORS) in reduced
+
+
 def test_each_is_fitted_for_the_width_that_it_learned() -> None:
     """With 8 bits for the same values the largest magnitude is left where it is."""
     model = _model()
@@ -312,19 +332,39 @@ def test_nothing_is_rounded_while_ranges_are_fitted(placement: str, monkeypatch:
     assert (model.eval()(_batch(17)) - outputs).abs().max() > 0.05
 
 
+def test_looking_at_passes_leaves_no_weight_unrounded_that_a_layer_keeps() -> None:
+    model = _model(placement="separate", quantizers=["weight", "input"])
+    schedule = _schedule(model, budget="bops=0.5")
+    _train(model, schedule, FIXED_FROM + 1)
+    x = _batch(30)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        for layer in adapted_layers(model):
+            layer[1].gates_of("default").clamp(-8.0, 8.0)  # what was kept is of no use any more
+        range_fits(model, [((x,), {})])
+        assert torch.equal(model(x), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
-def test_a_model_that_is_compiled_in_place_is_seen_too_after_it_was_evaluated() -> None:
+def test_a_model_that_is_compiled_in_place_is_looked_at_uncompiled() -> None:
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
     model = _model()
     schedule = _schedule(model)
-    model.compile(backend="eager")
-    _train(model, schedule, 3)
-    model.eval()(_batch(3))
-    _train(model, schedule, FIXED_FROM - 2)
+    model.compile(backend=backend)
+    _train(model, schedule, FIXED_FROM - 1)
+    before = len(compiled)
+    schedule.step()
+    assert len(compiled) == before > 0
     assert _range(_quantizer(model)) < 8.0
 
 
-def test_weights_that_share_a_width_are_judged_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_share_a_width_are_judged_together() -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     base = BertForSequenceClassification(BertConfig(vocab_size=50, **sizes))

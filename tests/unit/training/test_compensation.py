@@ -237,16 +237,11 @@ def test_only_the_last_training_passes_are_kept_and_only_as_long_as_they_may_be_
     assert not schedule.replay.recent.passes
 
 
-def test_choosing_codes_changes_neither_modes_nor_random_numbers() -> None:
+def test_choosing_codes_leaves_no_trace(step_that_leaves_no_trace) -> None:
     model = _model()
     schedule = _schedule(model)
     _train(model, schedule, STEPS - 1)
-    model.get_submodule("base_model.model.2").eval()
-    modes = [module.training for module in model.modules()]
-    before = torch.get_rng_state()
-    schedule.step()
-    assert torch.equal(torch.get_rng_state(), before)
-    assert [module.training for module in model.modules()] == modes
+    step_that_leaves_no_trace(schedule, "base_model.model.2")
     assert all(offsets.any() for offsets in _offsets(model))
 
 
