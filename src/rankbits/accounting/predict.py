@@ -64,8 +64,8 @@ def weights(shape: ModelShape, options: CountOptions, spec: MethodSpec | None = 
     for part in shape.parts:
         if isinstance(part, Linear):
             yield from _linear(part, options, spec if on_grid or part.name in heads else None, narrow)
-            if part.name in heads:
-                yield WeightRecord(module=part.name, operand="ranges", elements=1, bits=32)
+            if spec is not None and part.name in heads:
+                yield WeightRecord(module=part.name, operand="ranges", elements=ranges(part, "input", spec), bits=32)
             if spec is not None and part.name in own:
                 yield from _adapter(part, spec, options.float_bits) if unmerged else ()
                 yield from _ranges(part, spec, own[part.name], adapter="default" if unmerged else None)
@@ -119,7 +119,7 @@ def _adapter(linear: Linear, spec: MethodSpec, floats: int) -> Iterator[WeightRe
 
 def _ranges(linear: Linear, spec: MethodSpec, own: Owned, *, adapter: str | None) -> Iterator[WeightRecord]:
     """Ranges that come with no packed weight: of activations, and of a sum that is rounded at each call."""
-    kept = len(list(kept_activations(linear, own, spec)))
+    kept = sum(ranges(linear, site, spec) for site in kept_activations(linear, own, spec))
     if spec.rounds_sum and adapter is not None:
         kept += ranges(linear, "weight", spec)
     if kept:

@@ -117,20 +117,26 @@ def _readers(name: str) -> tuple[str, frozenset[str]]:
 
 
 def range_shape(linear: Linear, site: str, spec: MethodSpec) -> tuple[int, ...]:
-    """Shape of the ranges of one quantizer: (1,), for weights also (d_out, 1) or (d_out, d_in / group, 1).
+    """Shape of the ranges of one quantizer.
+
+    Returns:
+        (1,); for weights also (d_out, 1) or (d_out, d_in / group, 1), for inputs (d_in / group, 1).
 
     Raises:
         ModelError: the size of a group does not divide the inputs of the layer.
     """
-    if site != "weight" or spec.granularity is Granularity.TENSOR:
+    finer = {"weight": spec.granularity, "input": spec.input_granularity}
+    granularity = finer.get(site, Granularity.TENSOR)
+    if granularity is Granularity.TENSOR:
         return (1,)
-    if spec.granularity is Granularity.CHANNEL:
+    if granularity is Granularity.CHANNEL:
         return (linear.d_out, 1)
     if spec.group_size < 1 or linear.d_in % spec.group_size:
         raise ModelError(
             f"group_size: given {spec.group_size} for {linear.name}, expected a divisor of its {linear.d_in} inputs"
         )
-    return (linear.d_out, linear.d_in // spec.group_size, 1)
+    groups = (linear.d_in // spec.group_size, 1)
+    return groups if site == "input" else (linear.d_out, *groups)
 
 
 def ranges(linear: Linear, site: str, spec: MethodSpec) -> int:

@@ -250,8 +250,9 @@ class MethodSpec:
         compensated: codes of weights have offsets from the nearest ones, a byte each (Bayesian-LoRA).
         all_codes: grids of weights are full: a byte for each of their ranges, while these learn (Bayesian-LoRA).
         scale_bits: bits that each scale of a weight is stored in (Bayesian-LoRA).
-        granularity: which elements of the weight share a range; all other tensors have one (Bayesian-LoRA).
-        group_size: consecutive inputs of a row that share a range, where ranges go by groups.
+        granularity: which elements of the weight share a range (Bayesian-LoRA).
+        input_granularity: the same of what a layer reads: tensor or group; all other tensors have one (Bayesian-LoRA).
+        group_size: consecutive inputs that share a range, where ranges go by groups.
         share_inputs: layers that read the same tensor have one quantizer for it (Bayesian-LoRA).
         tie_groups: such layers have one weight width, too (Bayesian-LoRA).
         quantize_attention: attentions with adapted queries, keys and values have quantizers for the operands of both
@@ -279,6 +280,7 @@ class MethodSpec:
     all_codes: bool = False
     scale_bits: ScaleBits = 32
     granularity: Granularity = Granularity.TENSOR
+    input_granularity: Granularity = Granularity.TENSOR
     group_size: int = 64
     share_inputs: bool = True
     tie_groups: bool = False

@@ -19,7 +19,8 @@ class FixedQuantizer(Float32State):
         bits: 2, 4, 8, 16 or 32.
         signed: whether the grid covers both sides of zero.
         layout: which elements share a range.
-        shape: shape of the weight, where ranges are finer than the tensor or codes are offset.
+        shape: where ranges are finer than the tensor or codes are offset, shape of the weight, or (in,) of what a
+            layer reads.
         compensated: whether codes of a weight can be offset from the nearest ones.
         full: whether the grid has all codes of its width, and ranges of either sign.
     """

@@ -38,7 +38,7 @@ class Signedness(str, Enum):
 
 
 class Granularity(str, Enum):
-    """How many elements of a weight share one range."""
+    """How many elements of a tensor share one range."""
 
     TENSOR = "tensor"
     CHANNEL = "channel"
@@ -47,11 +47,11 @@ class Granularity(str, Enum):
 
 @dataclass(frozen=True)
 class RangeLayout:
-    """How a matrix [out, in] falls into parts with one range each, and how these are stored.
+    """How a weight [out, in], or what a layer reads [..., in], falls into parts with one range each.
 
     Args:
-        granularity: one range for the whole tensor, for each output channel (row), or for each group of consecutive
-            inputs of a row.
+        granularity: one range for the whole tensor, for each output channel (row of a weight), or for each group of
+            consecutive inputs: of a row of a weight, or the same for all rows of what is read.
         group_size: elements of a group; meaningful for groups alone.
         scale_bits: bits that the step of each part is stored in once there is a single width: 32, 16 or 8
             (`quant.scales`).
@@ -74,13 +74,17 @@ class RangeLayout:
         return parts
 
     def range_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the ranges of a weight of this shape: (1,), (out, 1) or (out, in / group_size, 1)."""
+        """Shape of the ranges: (1,), (out, 1) or, in groups, (out, in / group_size, 1).
+
+        Args:
+            shape: (out, in) of a weight; (in,) of what a layer reads, whose groups have ranges (in / group_size, 1).
+        """
         if self.granularity is Granularity.TENSOR:
             return (1,)
         if self.granularity is Granularity.CHANNEL:
             return (shape[0], 1)
         self._check(shape[-1])
-        return (shape[0], shape[-1] // self.group_size, 1)
+        return (*shape[:-1], shape[-1] // self.group_size, 1)
 
     def magnitudes(self, x: Tensor) -> Tensor:
         """Largest absolute value of each part, of `range_shape`."""

@@ -64,8 +64,9 @@ class Quantizer(Float32State):
         calibration_passes: number of training passes to record, >= 0. Recomputed passes do not count.
         signedness: side of zero that the range covers; `AUTO` becomes unsigned iff no negative value was recorded.
         headroom: the calibrated range is this factor times the recorded maximum.
-        layout: which elements share a range; activations have one for the tensor.
-        shape: shape of the weight, where ranges are finer than the tensor or codes may be offset.
+        layout: which elements share a range.
+        shape: where ranges are finer than the tensor or codes may be offset, shape of the weight, or (in,) of what a
+            layer reads.
         compensated: whether codes of a weight can be offset from the nearest ones (`compensate`).
         full: whether the grid at a single width has all codes of that width; each range then lies on the side of zero
             that `fit` finds better.
@@ -189,13 +190,19 @@ class Quantizer(Float32State):
         if x.numel() == 0:
             return
         values = x.detach().to(torch.float32)
-        largest = self.layout.magnitudes(values)
+        largest = self._magnitudes(values)
         if not bool(torch.isfinite(largest).all()):
-            largest = self.layout.magnitudes(torch.where(torch.isfinite(values), values, 0.0))
+            largest = self._magnitudes(torch.where(torch.isfinite(values), values, 0.0))
             warnings.warn("a quantizer saw NaN or infinite values while calibrating", RankbitsWarning, stacklevel=2)
         # The weight that is recorded at construction may be on a device that this module has yet to be moved to.
         torch.maximum(self.maximum, largest.to(self.maximum.device), out=self.maximum)
         self.seen_negative |= ((x < 0) & torch.isfinite(x)).any().to(self.seen_negative.device)
+
+    def _magnitudes(self, x: Tensor) -> Tensor:
+        """Largest magnitude of each part; what rows share a range are looked at together."""
+        if self.layout.granularity is Granularity.GROUP and x.dim() > len(self.shape):
+            x = x.abs().flatten(0, -len(self.shape) - 1).amax(dim=0)
+        return self.layout.magnitudes(x)
 
     @torch.no_grad()
     def finish_calibration(self) -> bool:
@@ -226,8 +233,8 @@ class Quantizer(Float32State):
     @torch.no_grad()
     def cover(self, x: Tensor) -> None:
         """Widen the ranges to the largest magnitudes of `x`: a clipped weight gets no gradient to come back."""
-        if self.is_calibrated:
-            largest = self.layout.magnitudes(x.detach().to(torch.float32)).clamp(min=RANGE_FLOOR)
+        if self.is_calibrated and x.numel():
+            largest = self._magnitudes(x.detach().to(torch.float32)).clamp(min=RANGE_FLOOR)
             torch.maximum(self.log_range, largest.log(), out=self.log_range)
 
     @torch.no_grad()

@@ -32,7 +32,8 @@ class RangeFit:
 
     def __init__(self, quantizer: Quantizer, seed: int = 0) -> None:
         self.quantizer = quantizer
-        self.errors = torch.zeros(len(FITTED_WIDTHS), len(FACTORS), device=quantizer.log_range.device)
+        shape = (len(FITTED_WIDTHS), len(FACTORS), quantizer.range_count)
+        self.errors = torch.zeros(shape, device=quantizer.log_range.device)
         self._generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
@@ -42,31 +43,35 @@ class RangeFit:
         if len(rows) > ROWS:
             drawn = torch.randint(len(rows), (ROWS,), generator=self._generator)
             rows = rows[drawn.to(rows.device)]
-        rows = rows.to(torch.float32)
-        ranges = self.quantizer.range_ * torch.tensor(FACTORS, device=rows.device)[:, None, None]  # [factors, 1, 1]
+        parts = rows.to(torch.float32).reshape(len(rows), self.quantizer.range_count, -1)
+        factors = torch.tensor(FACTORS, device=parts.device)[:, None, None, None]
+        ranges = self.quantizer.range_.reshape(-1, 1) * factors  # [factors, 1, ranges, 1]
         for position, bits in enumerate(FITTED_WIDTHS):
-            rounded = round_to_grid(rows, ranges, bits, signed=self.quantizer.is_signed)  # [factors, rows, features]
-            self.errors[position] += (rounded - rows).square().sum(dim=(1, 2))
+            rounded = round_to_grid(parts, ranges, bits, signed=self.quantizer.is_signed)
+            self.errors[position] += (rounded - parts).square().sum(dim=(1, 3))  # [factors, ranges]
 
     def errors_left(self) -> Tensor:
-        """[widths] squared error with the best range over that with the present one; 1 where there is none now."""
-        present, best = self.errors[:, PRESENT], self._finite().amin(dim=1)
+        """[widths] squared error with the best ranges over that with the present ones; 1 where there is none now."""
+        present = self.errors[:, PRESENT].sum(dim=1)
+        best = self._finite().amin(dim=1).sum(dim=1)
         known = present.isfinite() & (present > 0.0)
         return torch.where(known, best / torch.where(known, present, 1.0), 1.0)
 
     @torch.no_grad()
     def settle(self, bits: int) -> None:
-        """Give the quantizer the range with the least error at a width, if that is less than with its own.
+        """Give the quantizer the ranges with the least error at a width, where that is less than with its own.
 
         Args:
-            bits: above `FITTED_WIDTHS` the range stays.
+            bits: above `FITTED_WIDTHS` the ranges stay.
         """
         if bits not in FITTED_WIDTHS:
             return
-        errors = self._finite()[FITTED_WIDTHS.index(bits)]
-        best = errors.argmin()
-        if bool(errors[best] < errors[PRESENT]):
-            self.quantizer.log_range.add_(torch.tensor(FACTORS, device=best.device)[best].log())
+        errors = self._finite()[FITTED_WIDTHS.index(bits)]  # [factors, ranges]
+        least, best = errors.min(dim=0)
+        factors = torch.tensor(FACTORS, device=best.device)[best]
+        factors = torch.where(least < errors[PRESENT], factors, 1.0)
+        log_range = self.quantizer.log_range
+        log_range.add_(factors.log().reshape(log_range.shape))
 
     def _finite(self) -> Tensor:
         return torch.where(self.errors.isfinite(), self.errors, torch.inf)

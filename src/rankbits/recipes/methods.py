@@ -56,6 +56,7 @@ def _bayesian_lora(recipe: Recipe, _model: PreTrainedModel) -> PeftConfig:
         scale_bits=adapter.scale_bits,
         activation_ranges=adapter.activation_ranges,
         granularity=adapter.granularity,
+        input_granularity=adapter.input_granularity,
         group_size=adapter.group_size,
         share_inputs=adapter.share_inputs,
         tie_groups=adapter.tie_groups,

@@ -43,6 +43,7 @@ GRIDS = (
     "code_range",
     "scale_bits",
     "granularity",
+    "input_granularity",
     "group_size",
     "share_inputs",
     "tie_groups",
@@ -96,6 +97,9 @@ class Keys(BaseModel):
     scale_bits: Literal[32, 16, 8] = Field(default=32, description="32, 16 or 8: bits of each scale of a weight")
     granularity: Literal["tensor", "channel", "group"] = Field(
         default="tensor", description="tensor, channel or group: which numbers of a weight share a range"
+    )
+    input_granularity: Literal["tensor", "group"] = Field(
+        default="tensor", description="tensor or group: whether groups of inputs have a range each"
     )
     group_size: Count = Field(default=64, description="a whole number of at least 1: inputs of a row in a group")
     share_inputs: bool = Field(default=True, description="true or false")

@@ -27,6 +27,7 @@ LATER_KEYS = (
     ("adapter", "code_range"),
     ("adapter", "scale_bits"),
     ("adapter", "activation_ranges"),
+    ("adapter", "input_granularity"),
 )
 """Keys that are part of the work only where they are not at their default: older runs keep their hashes."""
 

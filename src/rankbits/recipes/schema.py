@@ -142,6 +142,9 @@ class AdapterSection(BaseModel):
     granularity: Literal["tensor", "channel", "group"] = Field(
         default="tensor", description="tensor, channel or group: which numbers of a weight share a range"
     )
+    input_granularity: Literal["tensor", "group"] = Field(
+        default="tensor", description="tensor or group: whether groups of inputs have a range each"
+    )
     group_size: Count = Field(default=64, description="a whole number of at least 1: inputs of a row in a group")
     share_inputs: bool = Field(default=True, description="true or false")
     tie_groups: Literal["fused"] | None = Field(default=None, description="fused or null")

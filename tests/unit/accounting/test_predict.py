@@ -75,6 +75,8 @@ def test_a_rounded_sum_is_a_packed_weight_with_its_ranges_once_merged() -> None:
     assert packed["q"].size_bytes == 64 * 64 // 2 + 4 * 64 * 64 // 16
     assert packed["v"].size_bytes == 64 * 32 // 4 + 4 * 64 * 32 // 16
     assert [(w.module, w.elements, w.adapter) for w in merged.weights if w.operand == "ranges"] == [("q", 1, None)]
+    in_groups = predict(SHAPE, OPTIONS, replace(spec, input_granularity=Granularity.GROUP)).weights
+    assert [(w.module, w.elements) for w in in_groups if w.operand == "ranges"] == [("q", 64 // 16)]
     narrow = {w.module: w for w in predict(SHAPE, OPTIONS, replace(spec, scale_bits=8)).weights if w.operand == "W0"}
     assert narrow["q"].size_bytes == 64 * 64 // 2 + 64 * 64 // 16 + 4, "a byte for each scale, and what they share"
     assert "scale_bits" in narrow["q"].model_dump()

@@ -36,7 +36,7 @@ SHAPE = read_shape(CONFIG.to_dict(), name="bert", head=Head.CLASSIFICATION, num_
 HEADS = ("bert.pooler.dense", "classifier")
 
 
-def _spec(placement: Placement) -> MethodSpec:
+def _spec(placement: Placement, granularity: Granularity = Granularity.CHANNEL) -> MethodSpec:
     return MethodSpec(
         Method.BAYESIAN_LORA,
         rank=2,
@@ -44,7 +44,9 @@ def _spec(placement: Placement) -> MethodSpec:
         sites=("weight", "input"),
         learn_rank=False,
         placement=placement,
-        granularity=Granularity.CHANNEL,
+        granularity=granularity,
+        input_granularity=granularity if granularity is Granularity.GROUP else Granularity.TENSOR,
+        group_size=8,
         scale_bits=16,
         quantize_head=True,
         trained_in_full=("pooler", "classifier"),
@@ -63,6 +65,8 @@ def _live(spec: MethodSpec) -> Any:
         learn_rank=False,
         placement=spec.placement.value,
         granularity=spec.granularity.value,
+        input_granularity=spec.input_granularity.value,
+        group_size=spec.group_size,
         scale_bits=spec.scale_bits,
         init_weights=False,
         calibration_passes=1,
@@ -87,8 +91,11 @@ def _weights(record: CostRecord) -> Counter[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("form", ["merged", "unmerged"])
 @pytest.mark.parametrize("placement", Placement)
-def test_products_and_weights_are_those_of_the_live_model(placement: Placement, form: Any) -> None:
-    spec = replace(_spec(placement), sites=("weight",))
+@pytest.mark.parametrize("granularity", [Granularity.CHANNEL, Granularity.GROUP])
+def test_products_and_weights_are_those_of_the_live_model(
+    granularity: Granularity, placement: Placement, form: Any
+) -> None:
+    spec = replace(_spec(placement, granularity), sites=("weight",))
     model = _live(spec)
     with torch.no_grad():
         for row, (_, _, gates) in enumerate(learning_adapters(model)):

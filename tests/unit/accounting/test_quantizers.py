@@ -64,6 +64,7 @@ def _attached(name: str, spec: MethodSpec, **settings: Any) -> tuple[nn.Module, 
         "quantizers": list(spec.sites),
         "placement": spec.placement.value,
         "granularity": spec.granularity.value,
+        "input_granularity": spec.input_granularity.value,
         "group_size": spec.group_size,
         "share_inputs": spec.share_inputs,
         "tie_groups": "fused" if spec.tie_groups else None,
@@ -143,13 +144,16 @@ def test_attention_that_compares_positions_apart_cannot_be_quantized() -> None:
         {"share_inputs": False},
         {"quantize_attention": True, "sites": ("weight", "input")},
         {"placement": Placement.MERGED, "sites": ("weight", "input", "output")},
+        {"input_granularity": Granularity.GROUP},
     ],
-    ids=["shared", "tied", "own", "attention", "merged"],
+    ids=["shared", "tied", "own", "attention", "merged", "inputs in groups"],
 )
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 def test_trained_parameters_are_those_of_the_live_model(
     name: str, changes: dict[str, Any], granularity: Granularity
 ) -> None:
+    if "input_granularity" in changes:
+        granularity = Granularity.GROUP
     spec = replace(SHARED, granularity=granularity, group_size=16, rank=3, **changes)
     model, shape = _attached(name, spec)
     live: dict[str, int] = {"gates": 0, "ranges": 0, "adapter": 0}
@@ -172,6 +176,12 @@ def test_a_weight_has_as_many_ranges_as_it_has_parts(granularity: Granularity, s
     spec = replace(SHARED, granularity=granularity, group_size=8)
     assert range_shape(LAYER, "weight", spec) == shape
     assert [ranges(LAYER, site, spec) for site in ("up", "input")] == [1, 1]
+
+
+def test_inputs_in_groups_have_a_range_for_each_whatever_the_rows() -> None:
+    spec = replace(SHARED, granularity=Granularity.GROUP, input_granularity=Granularity.GROUP, group_size=8)
+    assert range_shape(LAYER, "input", spec) == (3, 1)
+    assert [ranges(LAYER, site, spec) for site in ("weight", "input", "output")] == [30, 3, 1]
 
 
 @pytest.mark.parametrize("size", [7, 0, 48])

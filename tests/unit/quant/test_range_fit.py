@@ -43,7 +43,7 @@ def test_the_range_is_the_one_with_the_least_squared_error(bits: int, *, signed:
     for part in x.split(16):
         fit.see(part)
     errors = [_error(x, 10.0 * factor, bits, signed=signed) for factor in FACTORS]
-    torch.testing.assert_close(fit.errors[FITTED_WIDTHS.index(bits)], torch.tensor(errors), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(fit.errors[FITTED_WIDTHS.index(bits), :, 0], torch.tensor(errors), rtol=1e-4, atol=1e-3)
     assert float(fit.errors_left()[FITTED_WIDTHS.index(bits)]) == pytest.approx(min(errors) / errors[PRESENT], rel=1e-3)
     fit.settle(bits)
     best = min(range(len(FACTORS)), key=errors.__getitem__)
@@ -109,7 +109,7 @@ def test_half_precision_is_judged_in_single_precision() -> None:
     fit = RangeFit(quantizer)
     fit.see(x.bfloat16())
     expected = [_error(x.bfloat16(), 10.0 * factor, 4, signed=True) for factor in FACTORS]
-    torch.testing.assert_close(fit.errors[1], torch.tensor(expected), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(fit.errors[1, :, 0], torch.tensor(expected), rtol=1e-4, atol=1e-3)
 
 
 def test_a_range_can_widen_to_what_reaches_the_largest_value() -> None:

@@ -240,14 +240,16 @@ def test_settings_of_other_methods_are_not_part_of_the_work(asked: tuple[str, ..
 
 
 def test_how_tensors_are_rounded_reaches_the_adapter_and_the_work() -> None:
-    names = ("placement", "rounding", "code_range", "scale_bits", "activation_ranges", "granularity", "group_size")
-    assert _fields(_config("bayesian-lora"), *names) == ["separate", "nearest", "narrow", 32, "largest", "tensor", 64]
-    asked = ("merged", "compensated", "full", 8, "fitted", "group", 32)
+    usual = {"placement": "separate", "rounding": "nearest", "code_range": "narrow", "scale_bits": 32}
+    usual |= {"activation_ranges": "largest", "granularity": "tensor", "input_granularity": "tensor", "group_size": 64}
+    names = tuple(usual)
+    assert _fields(_config("bayesian-lora"), *names) == list(usual.values())
+    asked = ("merged", "compensated", "full", 8, "fitted", "group", "group", 32)
     changes = [f"adapter.{name}={value}" for name, value in zip(names, asked, strict=True)]
     assert _fields(_config("bayesian-lora", *changes), *names) == list(asked)
-    later = (("code_range", "full", "narrow"), ("scale_bits", 16, 32), ("activation_ranges", "fitted", "largest"))
-    for name, new, usual in later:
-        one, other = (load("quickstart", [f"adapter.{name}={given}"]) for given in (new, usual))
+    later = {"code_range": "full", "scale_bits": 16, "activation_ranges": "fitted", "input_granularity": "group"}
+    for name, new in later.items():
+        one, other = (load("quickstart", [f"adapter.{name}={given}"]) for given in (new, usual[name]))
         assert work_of(one)["adapter"].pop(name) == new
         assert name not in work_of(other)["adapter"]
 

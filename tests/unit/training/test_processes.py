@@ -21,6 +21,7 @@ base = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(),
 config = BayesianLoraConfig(
     r=2, placement="merged", rounding="compensated", granularity="group", group_size=8, calibration_passes=1,
     quantizers=["weight", "input"], target_modules=["0", "2", "4"], activation_ranges=sys.argv[4],
+    input_granularity=sys.argv[5],
 )
 model = get_peft_model(base, config).train()
 schedule = GateSchedule(model, steps, budget=budget, phases=(0.25, 0, 0))
@@ -54,11 +55,14 @@ print(json.dumps({
 
 
 @pytest.mark.parametrize(
-    ("budget", "ranges"), [("bits=2", "largest"), ("bits=4", "largest"), ("bops=0.0625", "fitted")]
+    ("budget", "ranges", "inputs"),
+    [("bits=2", "largest", "tensor"), ("bits=4", "largest", "group"), ("bops=0.0625", "fitted", "group")],
 )
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs PyTorch's gloo backend")
-def test_processes_choose_by_the_evidence_of_all_and_stay_equal(two_processes, budget: str, ranges: str) -> None:
-    first, second = (json.loads(printed.splitlines()[-1]) for printed in two_processes(PROGRAM, budget, ranges))
+def test_processes_choose_by_the_evidence_of_all_and_stay_equal(
+    two_processes, budget: str, ranges: str, inputs: str
+) -> None:
+    first, second = (json.loads(printed.splitlines()[-1]) for printed in two_processes(PROGRAM, budget, ranges, inputs))
     assert first["bits"] == second["bits"]
     assert first["sums"] == second["sums"]
     own = [torch.tensor(found["own"]) for found in (first, second)]

@@ -10,7 +10,7 @@ from enum import Enum
 from peft import PeftConfig
 
 from rankbits.gates.hard_concrete import OPEN_LOGIT
-from rankbits.quant.grid import Granularity, RangeLayout
+from rankbits.quant.grid import PER_TENSOR, Granularity, RangeLayout
 from rankbits.quant.scales import SCALE_BITS
 from rankbits.tuners.peft_type import RankbitsPeftType, is_integer, names_as_sets
 
@@ -40,6 +40,10 @@ PAPER_SITES = tuple(site for site in Site if site not in {Site.INPUT, Site.PROBA
 
 MERGED_SITES = (Site.WEIGHT, Site.OUTPUT, Site.INPUT)
 """The quantizers of a layer whose update lies inside the quantized weight."""
+
+
+INPUT_GRANULARITIES = (Granularity.TENSOR.value, Granularity.GROUP.value)
+"""Which elements of what a layer reads can share a range."""
 
 
 class Operand(str, Enum):
@@ -147,7 +151,9 @@ class BayesianLoraConfig(PeftConfig):
             where it was, at the largest magnitude seen in the warm-up unless it was trained since; "fitted" takes the
             one with the least squared error in the last passes.
         granularity: which elements of the weight share a range: "tensor", "channel" (a row) or "group" (consecutive
-            inputs of a row). Factors of the update and activations have one range each.
+            inputs of a row). Factors of the update have one range each.
+        input_granularity: which elements of what a layer reads share a range: "tensor", or "group", the consecutive
+            inputs that are a group of the weight, too, in all rows. All other activations have one range each.
         group_size: elements of a group; it has to divide the inputs of every adapted layer.
         share_inputs: one quantizer for the input of layers that read the same tensor (q, k, v; gate and up).
         tie_groups: "fused" gives such layers one weight width, too, which fused serving kernels need.
@@ -191,6 +197,7 @@ class BayesianLoraConfig(PeftConfig):
     scale_bits: int = field(default=32, metadata={"help": "32, 16 or 8: bits of each scale of the weight"})
     activation_ranges: str = field(default="largest", metadata={"help": "'largest' or 'fitted'"})
     granularity: str = field(default="tensor", metadata={"help": "'tensor', 'channel' or 'group'"})
+    input_granularity: str = field(default="tensor", metadata={"help": "'tensor' or 'group'"})
     group_size: int = field(default=64, metadata={"help": "weights of a group that share a range"})
     share_inputs: bool = field(default=True, metadata={"help": "one quantizer for an input that several layers read"})
     tie_groups: str | None = field(default=None, metadata={"help": "'fused' or None"})
@@ -277,6 +284,15 @@ class BayesianLoraConfig(PeftConfig):
             value, known = getattr(self, name), [member.value for member in kind]
             if value not in known and not (name == "tie_groups" and value is None):
                 problems.append(f"`{name}` must be one of {known}, got {value!r}")
+        if self.input_granularity not in INPUT_GRANULARITIES:
+            problems.append(
+                f"`input_granularity` must be one of {list(INPUT_GRANULARITIES)}, got {self.input_granularity!r}"
+            )
+        elif self.input_granularity == Granularity.GROUP.value != self.granularity:
+            problems.append(
+                f"`input_granularity`='group' needs granularity='group', got {self.granularity!r}: with other ranges "
+                "of the weight no product of codes has one scale"
+            )
         merged = self.placement == Placement.MERGED.value
         sites = [site.value for site in (MERGED_SITES if merged else (*PAPER_SITES, Site.INPUT))]
         unknown = sorted(set(self.quantizers or ()) - set(sites))
@@ -316,6 +332,13 @@ class BayesianLoraConfig(PeftConfig):
     def range_layout(self) -> RangeLayout:
         """Which elements of the weight share a range, and how its scales are stored."""
         return RangeLayout(Granularity(self.granularity), self.group_size, self.scale_bits)
+
+    def layout_of(self, site: Site) -> RangeLayout:
+        """Which elements of the tensor at a site share a range."""
+        if site is Site.WEIGHT:
+            return self.range_layout
+        grouped = site is Site.INPUT and self.input_granularity == Granularity.GROUP.value
+        return RangeLayout(Granularity.GROUP, self.group_size) if grouped else PER_TENSOR
 
     @property
     def hardened(self) -> bool:

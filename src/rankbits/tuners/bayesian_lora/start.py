@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankbits.quant.fixed_quantizer import FixedQuantizer
-from rankbits.quant.grid import PER_TENSOR, Signedness
+from rankbits.quant.grid import Signedness
 from rankbits.quant.quantizer import Quantizer
 from rankbits.tuners.bayesian_lora.config import ACTIVATION_SITES, BayesianLoraConfig, Site, Start
 
@@ -67,8 +67,8 @@ def learning_quantizer(
             calibration_passes=config.calibration_passes,
             signedness=SIGNEDNESS.get(site, Signedness.SIGNED),
             headroom=DIAGONAL_HEADROOM if site is Site.DIAGONAL else 1.0,
-            layout=config.range_layout if site is Site.WEIGHT else PER_TENSOR,
-            shape=shape,
+            layout=config.layout_of(site),
+            shape=_quantized_shape(site, shape),
             compensated=compensated and site is Site.WEIGHT,
             full=config.uses_all_codes and site is Site.WEIGHT,
         )
@@ -81,6 +81,11 @@ def learning_quantizer(
     return quantizer
 
 
+def _quantized_shape(site: Site, shape: tuple[int, int]) -> tuple[int, ...]:
+    """Of what the quantizer at a site of a layer with this weight has ranges for: what is read has one row of them."""
+    return shape[1:] if site is Site.INPUT else shape
+
+
 def fixed_quantizers(
     config: BayesianLoraConfig, key: str, shape: tuple[int, int], *, compensated: bool = False
 ) -> nn.ModuleDict:
@@ -90,12 +95,11 @@ def fixed_quantizers(
     for site, width in (config.hardened_bits or {}).get(key, {}).items():
         signed = site != Site.PROBABILITIES.value and not (unsigned and site == Site.INPUT.value)
         of_weight = site == Site.WEIGHT.value
-        layout = config.range_layout if of_weight else PER_TENSOR
         quantizers[site] = FixedQuantizer(
             width,
             signed=signed,
-            layout=layout,
-            shape=shape,
+            layout=config.layout_of(Site(site)),
+            shape=_quantized_shape(Site(site), shape),
             compensated=compensated and of_weight,
             full=config.uses_all_codes and of_weight,
         )

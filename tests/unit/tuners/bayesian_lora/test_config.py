@@ -6,6 +6,7 @@ import pytest
 from peft import PeftConfig
 
 from rankbits import BayesianLoraConfig
+from rankbits.quant.grid import PER_TENSOR, Granularity, RangeLayout
 from rankbits.tuners.bayesian_lora.config import PAPER_SITES, Site, Start, start_of
 
 
@@ -22,6 +23,7 @@ def test_all_problems_are_reported_together() -> None:
             quantizers=["weight", "wieght"],
             code_range="wide",
             scale_bits=8.0,
+            input_granularity="channel",
             layers_pattern="layers",
         )
     expected = [
@@ -34,12 +36,23 @@ def test_all_problems_are_reported_together() -> None:
         "`init_weights` must be True, False, 'lora' or 'adalora', got 'gauss'",
         "`code_range` must be one of ['narrow', 'full'], got 'wide'",
         "`scale_bits` must be one of [32, 16, 8], got 8.0",
+        "`input_granularity` must be one of ['tensor', 'group'], got 'channel'",
         "`quantizers` has unknown names ['wieght']",
         "`layers_pattern` needs `layers_to_transform`",
     ]
     message = str(failure.value)
     assert [text for text in expected if text not in message] == []
     assert message.count("; ") >= len(expected) - 1
+
+
+def test_groups_of_inputs_need_groups_of_the_weight() -> None:
+    with pytest.raises(ValueError, match="`input_granularity`='group' needs granularity='group', got 'channel'"):
+        BayesianLoraConfig(input_granularity="group", granularity="channel")
+    config = BayesianLoraConfig(input_granularity="group", granularity="group", group_size=4, scale_bits=8)
+    assert config.layout_of(Site.INPUT) == RangeLayout(Granularity.GROUP, 4)
+    assert config.layout_of(Site.WEIGHT) == RangeLayout(Granularity.GROUP, 4, 8)
+    assert config.layout_of(Site.OUTPUT) == PER_TENSOR
+    assert BayesianLoraConfig(granularity="group").layout_of(Site.INPUT) == PER_TENSOR
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from rankbits import BayesianLoraConfig, GateSchedule, harden, summarize
 from rankbits.errors import HardenError
 from rankbits.quant.fixed_quantizer import FixedQuantizer
 from rankbits.tuners.bayesian_lora import adapted_layers
+from rankbits.tuners.bayesian_lora.config import Site
 
 ALL_SITES = ["weight", "down", "diagonal", "up", "down_output", "diagonal_output", "output", "input"]
 VARIANTS = {
@@ -66,12 +67,18 @@ def test_hardening_twice_changes_nothing(mlp, rows, adapt, learn) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-def test_hardened_adapters_load_onto_a_fresh_base(mlp, rows, adapt, learn, tmp_path) -> None:
+GROUPS = {"granularity": "group", "input_granularity": "group", "group_size": 2}
+
+
+@pytest.mark.parametrize("ranges", [{}, GROUPS], ids=["one range", "groups"])
+def test_hardened_adapters_load_onto_a_fresh_base(mlp, rows, adapt, learn, tmp_path, ranges) -> None:
     base = {name: tensor.clone() for name, tensor in mlp.state_dict().items()}
-    model = adapt(mlp, target_modules=["0", "2"], quantizers=ALL_SITES)
+    model = adapt(mlp, target_modules=["0", "2"], quantizers=ALL_SITES, **ranges)
     learn(model, rows, rank=3)
     harden(model)
     expected = model(rows)
+    inputs = [layer.quantizer_of("default", Site.INPUT).fixed_range for _, layer in adapted_layers(model)]
+    assert [tuple(r.shape) for r in inputs] == ([(6, 1), (5, 1)] if ranges else [(), ()])
     model.save_pretrained(tmp_path)
     for low_cpu_mem_usage in (False, True):
         fresh = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 6))

@@ -274,7 +274,8 @@ def test_the_summary_lists_heads_in_full() -> None:
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
 def test_a_saved_and_a_hardened_head_compute_the_same(granularity: str, tmp_path) -> None:
-    model = _learned(_attach(granularity=granularity, group_size=16))
+    inputs = "group" if granularity == "group" else "tensor"
+    model = _learned(_attach(granularity=granularity, input_granularity=inputs, group_size=16))
     expected = _output(model)
     model.save_pretrained(tmp_path / "learning")
     assert torch.equal(_output(PeftModel.from_pretrained(_bert(), tmp_path / "learning").eval()), expected)

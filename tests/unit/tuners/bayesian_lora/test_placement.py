@@ -44,7 +44,15 @@ def test_the_output_is_that_of_the_rounded_sum(mlp, rows, adapt, learn, paper) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("granularity", [{}, {"granularity": "channel"}, {"granularity": "group", "group_size": 2}])
+@pytest.mark.parametrize(
+    "granularity",
+    [
+        {},
+        {"granularity": "channel"},
+        {"granularity": "group", "group_size": 2},
+        {"granularity": "group", "group_size": 2, "input_granularity": "group"},
+    ],
+)
 def test_merging_is_exact_bit_for_bit_with_its_quantizers_of_activations(
     mlp, rows, adapt, learn, granularity, dtype
 ) -> None:
