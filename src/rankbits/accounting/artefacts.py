@@ -166,5 +166,7 @@ def _quantizers(linear: Linear, spec: MethodSpec, sites: Sequence[str], stem: st
             ("seen_negative", "BOOL", ()),
         ):
             yield Entry(f"{stem}quantizers.{site}.{state}", dtype, size)
+        if spec.affine_inputs and site == "input":
+            yield Entry(f"{stem}quantizers.{site}.lows", "F32", shape)
         if spec.all_codes and site == "weight":
             yield Entry(f"{stem}quantizers.{site}.sides", "I8", shape)

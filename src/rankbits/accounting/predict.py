@@ -18,7 +18,7 @@ from rankbits.accounting.methods import (
 )
 from rankbits.accounting.mora import mora_side
 from rankbits.accounting.params import count, quantized_heads, targeted
-from rankbits.accounting.quantizers import Owned, kept_activations, owned, ranges
+from rankbits.accounting.quantizers import Owned, bounds, kept_activations, owned, ranges
 from rankbits.accounting.spec import Convolution, Linear, Method, MethodSpec, ModelShape, Norm, Table
 from rankbits.accounting.weights import NF4_BLOCK
 from rankbits.accounting.widths import FOUR_BIT_BASES, four_bit_layers
@@ -65,7 +65,7 @@ def weights(shape: ModelShape, options: CountOptions, spec: MethodSpec | None = 
         if isinstance(part, Linear):
             yield from _linear(part, options, spec if on_grid or part.name in heads else None, narrow)
             if spec is not None and part.name in heads:
-                yield WeightRecord(module=part.name, operand="ranges", elements=ranges(part, "input", spec), bits=32)
+                yield WeightRecord(module=part.name, operand="ranges", elements=bounds(part, "input", spec), bits=32)
             if spec is not None and part.name in own:
                 yield from _adapter(part, spec, options.float_bits) if unmerged else ()
                 yield from _ranges(part, spec, own[part.name], adapter="default" if unmerged else None)
@@ -119,7 +119,7 @@ def _adapter(linear: Linear, spec: MethodSpec, floats: int) -> Iterator[WeightRe
 
 def _ranges(linear: Linear, spec: MethodSpec, own: Owned, *, adapter: str | None) -> Iterator[WeightRecord]:
     """Ranges that come with no packed weight: of activations, and of a sum that is rounded at each call."""
-    kept = sum(ranges(linear, site, spec) for site in kept_activations(linear, own, spec))
+    kept = sum(bounds(linear, site, spec) for site in kept_activations(linear, own, spec))
     if spec.rounds_sum and adapter is not None:
         kept += ranges(linear, "weight", spec)
     if kept:

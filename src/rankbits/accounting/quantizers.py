@@ -147,6 +147,11 @@ def ranges(linear: Linear, site: str, spec: MethodSpec) -> int:
     return count
 
 
+def bounds(linear: Linear, site: str, spec: MethodSpec) -> int:
+    """How many numbers are kept of the ranges of one quantizer. Raises ModelError as `range_shape` does."""
+    return ranges(linear, site, spec) * (2 if site == "input" and spec.affine_inputs else 1)
+
+
 def kept_activations(linear: Linear, own: Owned, spec: MethodSpec) -> Iterator[str]:
     """Own quantizers of activations that have a width: the learned ones, or all where none is given."""
     chosen = spec.widths.get(linear.name, own.quantizers)

@@ -252,6 +252,7 @@ class MethodSpec:
         scale_bits: bits that each scale of a weight is stored in (Bayesian-LoRA).
         granularity: which elements of the weight share a range (Bayesian-LoRA).
         input_granularity: the same of what a layer reads: tensor or group; all other tensors have one (Bayesian-LoRA).
+        affine_inputs: ranges of what a layer reads have low ends of their own, which are stored too (Bayesian-LoRA).
         group_size: consecutive inputs that share a range, where ranges go by groups.
         share_inputs: layers that read the same tensor have one quantizer for it (Bayesian-LoRA).
         tie_groups: such layers have one weight width, too (Bayesian-LoRA).
@@ -281,6 +282,7 @@ class MethodSpec:
     scale_bits: ScaleBits = 32
     granularity: Granularity = Granularity.TENSOR
     input_granularity: Granularity = Granularity.TENSOR
+    affine_inputs: bool = False
     group_size: int = 64
     share_inputs: bool = True
     tie_groups: bool = False

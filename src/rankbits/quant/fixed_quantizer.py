@@ -23,11 +23,14 @@ class FixedQuantizer(Float32State):
             layer reads.
         compensated: whether codes of a weight can be offset from the nearest ones.
         full: whether the grid has all codes of its width, and ranges of either sign.
+        affine: whether each range begins at a low end of its own.
     """
 
     fixed_range: Tensor
     offsets: Tensor | None
+    lows: Tensor | None
     is_calibrated = True
+    fits_passes = False
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class FixedQuantizer(Float32State):
         shape: tuple[int, ...] = (),
         compensated: bool = False,
         full: bool = False,
+        affine: bool = False,
     ) -> None:
         super().__init__()
         self.bits = bits
@@ -47,11 +51,22 @@ class FixedQuantizer(Float32State):
         ranges = () if layout.granularity is Granularity.TENSOR else layout.range_shape(shape)
         self.register_buffer("fixed_range", torch.ones(ranges, dtype=torch.float32))
         self.register_buffer("offsets", torch.zeros(shape, dtype=torch.int8) if compensated else None)
+        self.register_buffer("lows", torch.zeros(ranges, dtype=torch.float32) if affine else None)
+
+    @property
+    def low_(self) -> Tensor | None:
+        """Where each range begins, of the shape of `fixed_range`; None where all lie around zero or begin there."""
+        return self.lows
 
     @property
     def range_count(self) -> int:
         """How many ranges there are: what is stored beside the codes."""
         return self.fixed_range.numel()
+
+    @property
+    def bound_count(self) -> int:
+        """How many numbers are kept of the ranges: their low ends are, too, where they have any."""
+        return self.range_count * (1 if self.lows is None else 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Round `x` to the grid; the result has its shape and dtype."""
@@ -71,13 +86,20 @@ class OnGrid(Protocol):
 
     @property
     def is_signed(self) -> bool:
-        """Whether the grid covers both sides of zero."""
+        """Whether the grid covers both sides of zero, or of its low end."""
+
+    @property
+    def low_(self) -> Tensor | None:
+        """Where each range begins; None where all lie around zero or begin there."""
 
 
 def round_with_offsets(quantizer: OnGrid, x: Tensor, range_: Tensor, bits: Tensor | int) -> Tensor:
     """`x` at one width, each code as far from the nearest one as its offset says; of the shape and dtype of `x`."""
-    parts, signed = quantizer.layout.parts(x), quantizer.is_signed
+    parts, signed, low = quantizer.layout.parts(x), quantizer.is_signed, quantizer.low_
+    if low is not None:
+        parts = parts.to(compute_dtype(x.dtype)) - low
     if quantizer.offsets is not None:
         beta = range_.to(compute_dtype(x.dtype))
         parts = parts.to(beta.dtype) + quantizer.layout.parts(quantizer.offsets) * step_at(beta, bits, signed=signed)
-    return round_to_grid(parts, range_, bits, signed=signed, full=quantizer.full).to(x.dtype).reshape(x.shape)
+    rounded = round_to_grid(parts, range_, bits, signed=signed, full=quantizer.full)
+    return (rounded if low is None else rounded + low).to(x.dtype).reshape(x.shape)

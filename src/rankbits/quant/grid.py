@@ -30,11 +30,15 @@ UNROUNDED_WIDTH = 32
 
 
 class Signedness(str, Enum):
-    """Which side of zero a range covers; `AUTO` is decided by the values seen in calibration."""
+    """Which side of zero a range covers; `AUTO` is decided by the values seen in calibration.
+
+    An `AFFINE` range begins wherever it is best once that is known, and has all codes of its width from there on.
+    """
 
     SIGNED = "signed"
     UNSIGNED = "unsigned"
     AUTO = "auto"
+    AFFINE = "affine"
 
 
 class Granularity(str, Enum):

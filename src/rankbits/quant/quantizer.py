@@ -25,16 +25,7 @@ from rankbits.quant.grid import (
 )
 from rankbits.quant.scales import headroom as scale_headroom
 from rankbits.quant.scales import stored_ranges
-
-FIT_FACTORS = tuple(1.0 - step / 31.0 for step in range(24))
-"""Ranges that `fit` tries, in units of the one whose grid just reaches the largest magnitude: down to 0.26.
-
-In thirtieths, the best ones would leave the largest number halfway between two codes (2/3 at 2 bits, 14/15 at 4).
-"""
-FITTED_BITS = 4
-"""The widest grid on which clipping the largest values can round the others that much better."""
-RANGE_FLOOR = 1e-8
-"""A tensor that never exceeded this has no range yet and stays in calibration."""
+from rankbits.quant.weight_fit import RANGE_FLOOR, best_ranges
 
 
 class _Identity(torch.autograd.Function):
@@ -62,7 +53,8 @@ class Quantizer(Float32State):
 
     Args:
         calibration_passes: number of training passes to record, >= 0. Recomputed passes do not count.
-        signedness: side of zero that the range covers; `AUTO` becomes unsigned iff no negative value was recorded.
+        signedness: side of zero that the range covers; `AUTO` becomes unsigned iff no negative value was recorded, and
+            so does `AFFINE` until ranges with low ends of their own are fitted (`settle`).
         headroom: the calibrated range is this factor times the recorded maximum.
         layout: which elements share a range.
         shape: where ranges are finer than the tensor or codes may be offset, shape of the weight, or (in,) of what a
@@ -84,6 +76,7 @@ class Quantizer(Float32State):
     fitted: Tensor
     offsets: Tensor | None
     sides: Tensor | None
+    lows: Tensor | None
 
     def __init__(
         self,
@@ -112,6 +105,8 @@ class Quantizer(Float32State):
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
         self.register_buffer("offsets", torch.zeros(shape, dtype=torch.int8) if compensated else None)
         self.register_buffer("sides", torch.ones(ranges, dtype=torch.int8) if full else None)
+        affine = signedness is Signedness.AFFINE
+        self.register_buffer("lows", torch.zeros(ranges, dtype=torch.float32) if affine else None)
         self._known: tuple[bool, bool] | None = None
         self._warned = False
 
@@ -123,7 +118,7 @@ class Quantizer(Float32State):
         """(calibrated, signed) as Python values: read from the device once and after each change, not in each pass."""
         if self._known is None:
             signed = self.signedness is Signedness.SIGNED or (
-                self.signedness is Signedness.AUTO and bool(self.seen_negative)
+                self.signedness is not Signedness.UNSIGNED and bool(self.seen_negative)
             )
             self._known = (bool(self.calibrated), signed)
         return self._known
@@ -165,7 +160,31 @@ class Quantizer(Float32State):
         ranges = self._logarithms().exp()
         if self.sides is not None:
             ranges = ranges * self.sides
-        return ranges.squeeze(0) if self.layout.granularity is Granularity.TENSOR else ranges
+        return self._of_parts(ranges)
+
+    def _of_parts(self, values: Tensor) -> Tensor:
+        """One value for each range, such that they broadcast over `layout.parts`."""
+        return values.squeeze(0) if self.layout.granularity is Granularity.TENSOR else values
+
+    @property
+    def low_(self) -> Tensor | None:
+        """Where each range begins, of the shape of `range_`; None where all lie around zero or begin there."""
+        return None if self.lows is None else self._of_parts(self.lows)
+
+    @torch.no_grad()
+    def settle(self, ranges: Tensor, lows: Tensor | None = None) -> None:
+        """Take over ranges that were fitted.
+
+        Args:
+            ranges: positive, as many as there are. Where they begin at low ends, the distances to the high ends.
+            lows: low ends; none leaves ranges around zero, or beginning there, as they are.
+        """
+        self.log_range.copy_(ranges.reshape(self.log_range.shape).log())
+        if lows is not None and self.lows is not None:
+            self.lows.copy_(lows.reshape(self.lows.shape))
+            # The grid above a low end is the one of values that are not negative.
+            self.seen_negative.fill_(False)
+            self._known = None
 
     def range_at(self, bits: Tensor | int) -> Tensor:
         """The ranges that are stored with codes of one width; of the shape of `range_`, and differentiable like it."""
@@ -182,6 +201,11 @@ class Quantizer(Float32State):
     def range_count(self) -> int:
         """How many ranges there are: what is stored beside the codes."""
         return self.log_range.numel()
+
+    @property
+    def bound_count(self) -> int:
+        """How many numbers are kept of the ranges: their low ends are, too, where they have any."""
+        return self.range_count * (1 if self.lows is None else 2)
 
     @torch.no_grad()
     def record(self, x: Tensor) -> None:
@@ -241,9 +265,7 @@ class Quantizer(Float32State):
     def fit(self, x: Tensor, bits: int, *, again: bool = False) -> None:
         """Choose the ranges of a weight for one width, once: a second call changes nothing unless it says so.
 
-        The largest value of a grid lies below its range, by a factor of 1.5 at 2 bits. From 8 bits on each range
-        becomes what reaches the largest magnitude, however its step is rounded to be stored; at 2 and 4 bits what
-        rounds with the least squared error, out of `FIT_FACTORS` times that, on either side of zero if it is full.
+        Which ones these are says `weight_fit.best_ranges`.
 
         Args:
             x: the weight.
@@ -253,31 +275,14 @@ class Quantizer(Float32State):
         if not self.is_calibrated or (bool(self.fitted) and not again):
             return
         self.forget_fit()
-        logarithms, sides = self._best_ranges(x, bits)
-        self.log_range.copy_(logarithms)
+        ranges = self._best_ranges(x, bits)
+        self.log_range.copy_(ranges.abs().log())
         if self.sides is not None:
-            self.sides.copy_(sides)
+            self.sides.copy_(ranges.sign())
         self.fitted.fill_(True)
 
-    def _best_ranges(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-        """What `fit` chooses: logarithms of ranges, and their signs, negative where the additional code is above zero.
-
-        Both of the shape of `log_range`.
-        """
-        values = x.detach().to(torch.float32)
-        reached = self.layout.magnitudes(values).clamp(min=RANGE_FLOOR) / (1.0 - 1.0 / (2.0**bits - 1.0))
-        logarithms = (reached * scale_headroom(self.layout.scale_bits)).log()
-        if bits > FITTED_BITS:
-            return logarithms, torch.ones_like(logarithms)
-        parts, widest = self.layout.parts(values), logarithms.exp().reshape(self.range_.shape)
-        best, least = widest, torch.full_like(widest, math.inf)
-        signs = (1.0, -1.0) if self.full else (1.0,)
-        for factor in (sign * size for size in FIT_FACTORS for sign in signs):
-            candidate = self._storable(widest * factor, bits)
-            error = (round_to_grid(parts, candidate, bits, signed=self.is_signed, full=self.full) - parts).square()
-            total = error.sum() if candidate.dim() == 0 else error.sum(dim=-1, keepdim=True)
-            best, least = torch.where(total < least, candidate, best), torch.minimum(total, least)
-        return best.abs().log().reshape(logarithms.shape), best.sign().reshape(logarithms.shape)
+    def _best_ranges(self, x: Tensor, bits: int) -> Tensor:
+        return best_ranges(x, bits, layout=self.layout, signed=self.is_signed, full=self.full)
 
     @torch.no_grad()
     def errors_of_fit(self, x: Tensor, bits: int) -> Tensor:
@@ -294,18 +299,24 @@ class Quantizer(Float32State):
             return torch.zeros(2, device=x.device)
         parts = self.layout.parts(x.detach().to(torch.float32))
         now = round_to_grid(parts, self.range_, bits, signed=self.is_signed)
-        logarithms, sides = self._best_ranges(x, bits)
-        ranges = self._storable((logarithms.exp() * sides).reshape(self.range_.shape), bits)
+        ranges = self._storable(self._best_ranges(x, bits).reshape(self.range_.shape), bits)
         then = round_to_grid(parts, ranges, bits, signed=self.is_signed, full=self.full)
         return torch.stack([(rounded - parts).square().sum() for rounded in (now, then)])
 
+    @torch.no_grad()
     def forget_fit(self) -> None:
-        """Take the nearest codes again, and let the next `fit` choose the ranges."""
+        """Take the nearest codes and ranges around zero again, and let the next fit choose."""
         self.fitted.fill_(False)
         if self.offsets is not None:
             self.offsets.zero_()
         if self.sides is not None:
             self.sides.fill_(1)
+        if self.lows is not None and bool(self.lows.any()):
+            ends = torch.stack([self.lows, self.lows + self.log_range.exp()])
+            self.log_range.copy_(ends.abs().amax(dim=0).clamp(min=RANGE_FLOOR).log())
+            self.seen_negative.copy_((ends < 0).any())
+            self.lows.zero_()
+            self._known = None
 
     @torch.no_grad()
     def compensate(self, x: Tensor, bits: int, moment: Tensor) -> None:
@@ -333,11 +344,8 @@ class Quantizer(Float32State):
         if not self.training:
             if not self._warned:
                 self._warned = True
-                warnings.warn(
-                    "a quantizer is evaluated before its range was calibrated: it is the identity",
-                    RankbitsWarning,
-                    stacklevel=3,
-                )
+                text = "a quantizer is evaluated before its range was calibrated: it is the identity"
+                warnings.warn(text, RankbitsWarning, stacklevel=3)
             return True
         if int(self.passes) >= self.calibration_passes and self.finish_calibration():
             return False
@@ -364,8 +372,11 @@ class Quantizer(Float32State):
             self.cover(x)
         if hard:
             return self.rounded(x, gates)
-        parts = kernels.quantize(self.layout.parts(x), self.range_, gates, signed=self.is_signed)
-        return parts.reshape(x.shape)
+        parts, low = self.layout.parts(x), self.low_
+        if low is None:
+            return kernels.quantize(parts, self.range_, gates, signed=self.is_signed).reshape(x.shape)
+        above = kernels.quantize(parts - low, self.range_, gates, signed=self.is_signed)
+        return (above + low).to(x.dtype).reshape(x.shape)
 
     def rounded(self, x: Tensor, gates: Tensor) -> Tensor:
         """`x` at the width of hard, chained gates [4]; `x` itself while there is no range. Records nothing."""

@@ -91,6 +91,7 @@ def grids_of(settings: Keys | AdapterSection) -> dict[str, Any]:
         "scale_bits": settings.scale_bits,
         "granularity": Granularity(settings.granularity),
         "input_granularity": Granularity(settings.input_granularity),
+        "affine_inputs": settings.activation_ranges == "affine",
         "group_size": settings.group_size,
         "share_inputs": settings.share_inputs,
         "tie_groups": settings.tie_groups is not None,

@@ -42,6 +42,7 @@ GRIDS = (
     "rounding",
     "code_range",
     "scale_bits",
+    "activation_ranges",
     "granularity",
     "input_granularity",
     "group_size",
@@ -95,6 +96,9 @@ class Keys(BaseModel):
     rounding: Literal["nearest", "compensated"] = Field(default="nearest", description="nearest or compensated")
     code_range: Literal["narrow", "full"] = Field(default="narrow", description="narrow or full")
     scale_bits: Literal[32, 16, 8] = Field(default=32, description="32, 16 or 8: bits of each scale of a weight")
+    activation_ranges: Literal["largest", "fitted", "affine"] = Field(
+        default="largest", description="largest, fitted or affine"
+    )
     granularity: Literal["tensor", "channel", "group"] = Field(
         default="tensor", description="tensor, channel or group: which numbers of a weight share a range"
     )

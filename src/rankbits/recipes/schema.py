@@ -136,8 +136,8 @@ class AdapterSection(BaseModel):
     scale_bits: Literal[32, 16, 8] = Field(
         default=32, description="32, 16 or 8: bits that each scale of a weight is stored in at its final width"
     )
-    activation_ranges: Literal["largest", "fitted"] = Field(
-        default="largest", description="largest or fitted: where the range of an activation goes at its final width"
+    activation_ranges: Literal["largest", "fitted", "affine"] = Field(
+        default="largest", description="largest, fitted or affine: how activations get the ranges of their final widths"
     )
     granularity: Literal["tensor", "channel", "group"] = Field(
         default="tensor", description="tensor, channel or group: which numbers of a weight share a range"

@@ -44,7 +44,7 @@ def range_fits(model: nn.Module, passes: Passes) -> Fits:
     Nothing is rounded in them, so that what is fitted does not depend on what has been chosen already.
 
     Args:
-        model: it is run once in evaluation; its mode stays as it was.
+        model: it is run in evaluation, twice if there are affine ranges; its mode stays as it was.
         passes: inputs of the model.
 
     Returns:
@@ -52,16 +52,27 @@ def range_fits(model: nn.Module, passes: Passes) -> Fits:
     """
     calibrated = [quantizer for quantizer in fitted_quantizers(model) if quantizer.is_calibrated]
     fits: dict[nn.Module, RangeFit] = {quantizer: RangeFit(quantizer) for quantizer in calibrated}
-    with _unrounded(model), ExitStack() as hooks:
-        for quantizer, fit in fits.items():
-            hooks.enter_context(quantizer.register_forward_pre_hook(_seen_by(fit)))
-        run_again(model, passes)
-    agree([fit.errors for fit in fits.values()], Reduction.MEAN)
+    affine = {quantizer: fit for quantizer, fit in fits.items() if fit.affine}
+    with _unrounded(model):
+        if affine:
+            _show(model, passes, {quantizer: fit.look for quantizer, fit in affine.items()})
+            agree([fit.ends for fit in affine.values()], Reduction.MAXIMUM)
+            agree([fit.totals for fit in affine.values()], Reduction.MEAN)
+        _show(model, passes, {quantizer: fit.see for quantizer, fit in fits.items()})
+    agree([sums for fit in fits.values() for sums in (fit.present, fit.errors)], Reduction.MEAN)
     return fits
 
 
-def _seen_by(fit: RangeFit) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    return lambda _, args: fit.see(args[0])
+def _show(model: nn.Module, passes: Passes, watching: Mapping[nn.Module, Callable[[Tensor], None]]) -> None:
+    """Run the model on the passes while some of its quantizers are watched at what they are given."""
+    with ExitStack() as hooks:
+        for quantizer, watch in watching.items():
+            hooks.enter_context(quantizer.register_forward_pre_hook(_given_to(watch)))
+        run_again(model, passes)
+
+
+def _given_to(watch: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    return lambda _, args: watch(args[0])
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 from typing import Any
 
 import torch
@@ -80,24 +81,26 @@ def parameter_groups(
         rank_rate: of the logits of rank gates, if it is another.
 
     Returns:
-        Groups named "matrices", "vectors", "gates", "rank_gates", "ranges" and "weight_ranges" (of
-        layers and head), without empty ones; all gates are in one where they have one rate.
+        Groups named "matrices", "vectors", "gates", "rank_gates", "ranges", "fitted_ranges" (of activations that are
+        fitted to their widths) and "weight_ranges" (of layers and head), without empty ones; all gates are in one where
+        they have one rate.
     """
     gates = [p for _, _, g in learning_adapters(model) for p in g.parameters()]
     apart = rank_rate is not None and rank_rate != gate_rate
     ranked = {id(g.rank_logits) for _, _, g in learning_adapters(model)} if apart else set()
-    quantizers = [item for layer, name, _ in learning_adapters(model) for item in layer.quantizers_of(name).items()]
-    of_weights = [p for site, quantizer in quantizers if site == Site.WEIGHT.value for p in quantizer.parameters()]
-    of_others = [p for site, quantizer in quantizers if site != Site.WEIGHT.value for p in quantizer.parameters()]
-    special = {id(p) for p in (*gates, *of_weights, *of_others)}
+    ranges: dict[str, list[nn.Parameter]] = {"ranges": [], "fitted_ranges": [], "weight_ranges": []}
+    for layer, name, _ in learning_adapters(model):
+        for site, quantizer in layer.quantizers_of(name).items():
+            activations = "fitted_ranges" if quantizer.fits_passes else "ranges"
+            ranges["weight_ranges" if site == Site.WEIGHT.value else activations].extend(quantizer.parameters())
+    special = {id(p) for p in (*gates, *chain.from_iterable(ranges.values()))}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in special]
     groups: list[dict[str, Any]] = [
         {"name": "matrices", "params": [p for p in rest if p.ndim >= 2], "lr": learning_rate, "decay": weight_decay},
         {"name": "vectors", "params": [p for p in rest if p.ndim < 2], "lr": learning_rate, "decay": 0.0},
         _gate_group("gates", [p for p in gates if id(p) not in ranked], gate_rate, rates),
         _gate_group("rank_gates", [p for p in gates if id(p) in ranked], rank_rate or gate_rate, rates),
-        {"name": "ranges", "params": of_others, "lr": rates.ranges, "decay": 0.0},
-        {"name": "weight_ranges", "params": of_weights, "lr": rates.ranges, "decay": 0.0},
+        *({"name": name, "params": found, "lr": rates.ranges, "decay": 0.0} for name, found in ranges.items()),
     ]
     for group in groups:
         group["weight_decay"] = group.pop("decay")
@@ -135,11 +138,11 @@ def optimizer_and_scheduler(
         weight_decay: of their matrices.
         decay: "linear", "cosine" or "constant".
         warmup_steps: steps in which that rate grows linearly from zero.
-        rates: constant rates of gates and ranges; that of the ranges of weights falls in the end.
+        rates: constant rates of gates and ranges; that of ranges which are fitted to their widths falls in the end.
 
     Returns:
-        The optimizer, and a scheduler under which adapters and head decay, and the rate of the ranges of weights falls
-        to zero over the steps with fixed gates: what was learned by then only has to settle.
+        The optimizer, and a scheduler under which adapters and head decay, and the rate of ranges that are fitted, of
+        weights and of activations, falls to zero over the steps with fixed gates: they only have to settle then.
     """
     rates = rates or GateRates()
     gate_rate, rank_rate = _gate_rates(schedule) if rates.gates is None else (rates.gates, rates.gates)
@@ -171,6 +174,7 @@ def optimizer_and_scheduler(
         "gates": constant,
         "rank_gates": constant,
         "ranges": constant,
+        "fitted_ranges": settling,
         "weight_ranges": settling,
     }
     factors = [factor_of.get(group["name"], task_factor) for group in optimizer.param_groups]

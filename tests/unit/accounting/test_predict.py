@@ -77,6 +77,8 @@ def test_a_rounded_sum_is_a_packed_weight_with_its_ranges_once_merged() -> None:
     assert [(w.module, w.elements, w.adapter) for w in merged.weights if w.operand == "ranges"] == [("q", 1, None)]
     in_groups = predict(SHAPE, OPTIONS, replace(spec, input_granularity=Granularity.GROUP)).weights
     assert [(w.module, w.elements) for w in in_groups if w.operand == "ranges"] == [("q", 64 // 16)]
+    affine = predict(SHAPE, OPTIONS, replace(spec, input_granularity=Granularity.GROUP, affine_inputs=True)).weights
+    assert [w.elements for w in affine if w.operand == "ranges"] == [2 * 64 // 16], "their low ends are kept, too"
     narrow = {w.module: w for w in predict(SHAPE, OPTIONS, replace(spec, scale_bits=8)).weights if w.operand == "W0"}
     assert narrow["q"].size_bytes == 64 * 64 // 2 + 64 * 64 // 16 + 4, "a byte for each scale, and what they share"
     assert "scale_bits" in narrow["q"].model_dump()

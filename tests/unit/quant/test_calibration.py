@@ -9,7 +9,8 @@ import torch
 from rankbits.errors import RankbitsWarning
 from rankbits.quant import kernels
 from rankbits.quant.grid import BIT_WIDTHS, Signedness
-from rankbits.quant.quantizer import RANGE_FLOOR, Quantizer
+from rankbits.quant.quantizer import Quantizer
+from rankbits.quant.weight_fit import RANGE_FLOOR
 
 SOFT = torch.tensor([0.9, 0.5, 0.7, 0.3])
 

@@ -7,7 +7,8 @@ from rankbits.quant import reference
 from rankbits.quant.codes import round_to_grid
 from rankbits.quant.fixed_quantizer import FixedQuantizer
 from rankbits.quant.grid import Granularity, RangeLayout, bits_of_gates
-from rankbits.quant.quantizer import FIT_FACTORS, Quantizer
+from rankbits.quant.quantizer import Quantizer
+from rankbits.quant.weight_fit import FIT_FACTORS
 
 CHANNEL = RangeLayout(Granularity.CHANNEL)
 GROUPS = RangeLayout(Granularity.GROUP, 4)

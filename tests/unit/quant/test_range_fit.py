@@ -8,7 +8,9 @@ from torch import Tensor
 
 from rankbits.quant.grid import Signedness
 from rankbits.quant.quantizer import Quantizer
-from rankbits.quant.range_fit import FACTORS, FITTED_WIDTHS, PRESENT, ROWS, RangeFit
+from rankbits.quant.range_fit import FACTORS, FITTED_WIDTHS, ROWS, RangeFit
+
+PRESENT = FACTORS.index(1.0)
 
 
 def _quantizer(x: Tensor, signedness: Signedness = Signedness.AUTO) -> Quantizer:
@@ -84,7 +86,7 @@ def test_rows_are_drawn_from_the_whole_pass_and_the_default_generator_is_left_al
     first = fit.errors.clone()
     assert torch.equal(torch.get_rng_state(), before)
     # A row of ones costs 4 (1 - 2/3)^2 with the present range; one in seven are ones.
-    share = float(first[0, PRESENT]) / (4 / 9) / ROWS
+    share = float(fit.present[0]) / (4 / 9) / ROWS
     assert 0.07 < share < 0.22
     again = RangeFit(quantizer)
     again.see(x[0])

@@ -18,11 +18,12 @@ from rankbits import BayesianLoraConfig, GateSchedule, summarize
 from rankbits.errors import RankbitsWarning, ScheduleError
 from rankbits.quant import range_fit
 from rankbits.quant.quantizer import Quantizer
-from rankbits.quant.range_fit import FACTORS, PRESENT, RangeFit
+from rankbits.quant.range_fit import FACTORS, RangeFit
 from rankbits.training.activation_ranges import fitted_quantizers, range_fits
 from rankbits.tuners.bayesian_lora import adapted_layers, gated_layers
 from rankbits.tuners.bayesian_lora.config import ACTIVATION_SITES, Site
 
+PRESENT = FACTORS.index(1.0)
 STEPS = 24
 FIXED_FROM = 6
 
@@ -143,11 +144,12 @@ def test_a_fit_leaves_no_trace(step_that_leaves_no_trace) -> None:
 
 
 @pytest.mark.parametrize("at", [3, FIXED_FROM - 1, FIXED_FROM, 10])
-def test_an_interrupted_run_has_the_same_ranges(at: int) -> None:
-    whole = _model()
+@pytest.mark.parametrize("ranges", ["fitted", "affine"])
+def test_an_interrupted_run_has_the_same_ranges(ranges: str, at: int) -> None:
+    whole = _model(activation_ranges=ranges)
     schedule = _schedule(whole)
     _train(whole, schedule, at, rate=0.0)
-    resumed = _model()
+    resumed = _model(activation_ranges=ranges)
     resumed.load_state_dict(whole.state_dict())
     again = _schedule(resumed)
     again.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
@@ -156,7 +158,12 @@ def test_an_interrupted_run_has_the_same_ranges(at: int) -> None:
     assert [entry.bits for entry in summarize(resumed)] == [entry.bits for entry in summarize(whole)]
     for layer in (0, 1):
         assert torch.equal(_quantizer(resumed, layer).log_range, _quantizer(whole, layer).log_range)
-    assert _range(_quantizer(whole)) < 8.0
+        if ranges == "affine":
+            low = _quantizer(whole, layer).low_
+            assert low is not None
+            assert bool((low < 0).all())
+            assert torch.equal(low, _quantizer(resumed, layer).lows.reshape(low.shape))  # type: ignore[union-attr]
+    assert _range(_quantizer(whole)) < (8.0 if ranges == "fitted" else 10.0)  # where all values span 14
 
 
 def test_a_pass_that_was_never_seen_is_said_and_ranges_stay() -> None:
@@ -215,6 +222,43 @@ def _trained_to(steps: int) -> PeftModel:
     return model
 
 
+def test_affine_inputs_begin_where_they_are_rounded_best_and_evidence_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(range_fit, "ROWS", 128)
+    found = {}
+    for ranges in ("fitted", "affine"):
+        model = _model(activation_ranges=ranges, quantizers=["weight", "input", "output"])
+        schedule = _schedule(model)
+        _train(model, schedule, FIXED_FROM - 1)
+        before = next(adapted_layers(model))[1].gates_of("default").evidence.clone()
+        fits = {site: RangeFit(_quantizer(model, site=site)) for site in ("input", "output")}
+        schedule.step()
+        found[ranges] = next(adapted_layers(model))[1].gates_of("default").evidence / before
+        assert fits["input"].affine == (ranges == "affine")
+        assert not fits["output"].affine, "of what a layer reads alone"
+    rows = [site.value for site in next(adapted_layers(model))[1].rows_of("default")]
+    better, same = found["affine"][rows.index("input")], found["fitted"][rows.index("input")]
+    assert bool((better[:2] < same[:2]).all()), "2^b codes of the values' own span leave less of the error"
+    assert torch.equal(found["affine"][rows.index("output")], found["fitted"][rows.index("output")])
+    quantizer = _quantizer(model)
+    assert not quantizer.is_signed
+    assert quantizer.low_ is not None
+    low, high = float(quantizer.low_), float((quantizer.low_ + quantizer.range_).detach())
+    passes = torch.cat([_batch(step) for step in range(FIXED_FROM - 1)])
+    assert float(passes.min()) <= low < 0.0 < high <= float(passes.max()) + 1e-5
+
+
+def test_a_new_schedule_judges_affine_inputs_around_zero_again() -> None:
+    model = _model(activation_ranges="affine")
+    _train(model, _schedule(model), STEPS)
+    low = _quantizer(model).low_
+    assert low is not None
+    assert float(low) < 0.0
+    _train(model, _schedule(model), 2)
+    assert float(_quantizer(model).low_) == 0.0  # type: ignore[arg-type]
+    assert _quantizer(model).is_signed
+    assert _range(_quantizer(model)) >= 10.0
+
+
 def test_by_descent_it_happens_when_gates_are_fixed() -> None:
     model = _model()
     schedule = _schedule(model, allocation="descent", phases=(0.25, 0.25, 0.25))
@@ -228,8 +272,9 @@ def test_processes_agree_on_one_range(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the others saw counts: here they saw values so small that the narrowest range is best."""
 
     def reduced(tensor: Tensor, **_: object) -> None:
-        if len(tensor) == 2 * 3 * len(FACTORS):
-            tensor += torch.linspace(1e9, 0.0, len(FACTORS)).repeat(2 * 3)
+        if len(tensor) == 2 * 3 * (1 + len(FACTORS)):
+            theirs = torch.linspace(1e9, 0.0, len(FACTORS))
+            tensor += torch.cat([theirs[PRESENT].expand(3), theirs.repeat(3)]).repeat(2)
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
@@ -261,7 +306,7 @@ def test_a_process_that_saw_no_pass_takes_part_with_those_that_did(monkeypatch: 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         schedule.step()
-    assert 2 * 3 * len(FACTORS) in reduced
+    assert 2 * 3 * (1 + len(FACTORS)) in reduced
 
 
 def test_each_is_fitted_for_the_width_that_it_learned() -> None:
@@ -409,5 +454,5 @@ def test_a_compiled_model_is_seen_too() -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`activation_ranges` must be one of \['largest', 'fitted'\], got 'best'"):
+    with pytest.raises(ValueError, match=r"`activation_ranges` must be one of .*'affine'.*, got 'best'"):
         _model(activation_ranges="best")

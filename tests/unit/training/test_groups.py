@@ -66,6 +66,23 @@ def test_only_matrices_decay_and_only_the_task_rate_falls(adapted) -> None:
     assert rates["weight_ranges"] == pytest.approx([0.002] * 9 + [0.001])
 
 
+def test_ranges_that_are_fitted_settle_when_gates_are_fixed(adapted) -> None:
+    model = adapted(activation_ranges="fitted", quantizers=["weight", "input"])
+    optimizer, scheduler = optimizer_and_scheduler(
+        GateSchedule(model, 10), learning_rate=1e-3, rates=GateRates(ranges=0.002)
+    )
+    group = _named_groups(optimizer)["fitted_ranges"]
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].rsplit(".", 2)[-2] for p in group["params"]} == {"input"}
+    assert "ranges" not in _named_groups(optimizer)
+    rates = []
+    for _ in range(10):
+        rates.append(group["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.002] * 9 + [0.001])
+
+
 def test_the_automatic_rate_just_closes_a_gate(adapted) -> None:
     schedule = GateSchedule(adapted(), 100, phases=(0.25, 0.25, 0.25))
     optimizer, _ = optimizer_and_scheduler(schedule, learning_rate=1e-3)

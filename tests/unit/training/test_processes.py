@@ -56,7 +56,12 @@ print(json.dumps({
 
 @pytest.mark.parametrize(
     ("budget", "ranges", "inputs"),
-    [("bits=2", "largest", "tensor"), ("bits=4", "largest", "group"), ("bops=0.0625", "fitted", "group")],
+    [
+        ("bits=2", "largest", "tensor"),
+        ("bits=4", "largest", "group"),
+        ("bops=0.0625", "fitted", "group"),
+        ("bops=0.0625", "affine", "group"),
+    ],
 )
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs PyTorch's gloo backend")
 def test_processes_choose_by_the_evidence_of_all_and_stay_equal(

@@ -200,7 +200,7 @@ def _factor_records(layer: BayesianLoraLinear, name: str, adapter: str, entry: L
 def _input_ranges(root: nn.Module, learned: Learned) -> Iterator[WeightRecord]:
     """Ranges of the inputs of quantized heads, which are part of the model however adapters are counted."""
     for name, adapter in learned.heads:
-        ranges = _head(root, name).quantizers_of(adapter)[Site.INPUT.value].range_count
+        ranges = _head(root, name).quantizers_of(adapter)[Site.INPUT.value].bound_count
         yield WeightRecord(module=base_name(name), operand="ranges", elements=ranges)
 
 
@@ -209,7 +209,7 @@ def _range_records(layer: BayesianLoraLinear, name: str, adapter: str, *, merged
     quantizers = layer.quantizers_of(adapter)
     if merged and not rounds_sum(layer, adapter):
         return
-    ranges = sum(quantizers[site].range_count for site in ACTIVATION_SITES if site.value in quantizers)
+    ranges = sum(quantizers[site].bound_count for site in ACTIVATION_SITES if site.value in quantizers)
     if rounds_sum(layer, adapter) and not merged:
         ranges += quantizers["weight"].range_count
     if ranges:

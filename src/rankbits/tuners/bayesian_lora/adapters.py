@@ -352,7 +352,7 @@ class GatedAdapters(AdapterLinear, ABC):
 
     @abstractmethod
     def forget_rounding(self, adapter_name: str) -> None:
-        """Fit the ranges of the weight, and choose its codes, anew when its width is known."""
+        """Fit ranges, and choose the codes of the weight, anew when widths are known."""
 
     @abstractmethod
     def is_rounded_last(self, adapter_name: str) -> bool:

@@ -94,6 +94,8 @@ class ActivationRanges(str, Enum):
     """Where it was while widths were judged: by evidence, at the largest magnitude of the warm-up."""
     FITTED = "fitted"
     """Where rounding the activations of the last passes before costs the least squared error."""
+    AFFINE = "affine"
+    """Fitted, and of what a layer reads also where the range begins: what lies there is a constant of the layer."""
 
 
 class RankGate(str, Enum):
@@ -149,7 +151,8 @@ class BayesianLoraConfig(PeftConfig):
             precision) or 8 (E4M3) with a power of two that the tensor shares.
         activation_ranges: where the range of each activation goes when its width is known: "largest" leaves it
             where it was, at the largest magnitude seen in the warm-up unless it was trained since; "fitted" takes the
-            one with the least squared error in the last passes.
+            one with the least squared error in the last passes; with "affine" that of what a layer reads need not lie
+            around zero: it has a low end besides, as formats with a zero point have.
         granularity: which elements of the weight share a range: "tensor", "channel" (a row) or "group" (consecutive
             inputs of a row). Factors of the update have one range each.
         input_granularity: which elements of what a layer reads share a range: "tensor", or "group", the consecutive
@@ -195,7 +198,7 @@ class BayesianLoraConfig(PeftConfig):
     rounding: str = field(default="nearest", metadata={"help": "'nearest' or 'compensated'"})
     code_range: str = field(default="narrow", metadata={"help": "'narrow' or 'full'"})
     scale_bits: int = field(default=32, metadata={"help": "32, 16 or 8: bits of each scale of the weight"})
-    activation_ranges: str = field(default="largest", metadata={"help": "'largest' or 'fitted'"})
+    activation_ranges: str = field(default="largest", metadata={"help": "'largest', 'fitted' or 'affine'"})
     granularity: str = field(default="tensor", metadata={"help": "'tensor', 'channel' or 'group'"})
     input_granularity: str = field(default="tensor", metadata={"help": "'tensor' or 'group'"})
     group_size: int = field(default=64, metadata={"help": "weights of a group that share a range"})
@@ -326,7 +329,12 @@ class BayesianLoraConfig(PeftConfig):
     @property
     def fits_activations(self) -> bool:
         """Whether ranges of activations are fitted once their width is known."""
-        return self.activation_ranges == ActivationRanges.FITTED.value
+        return self.activation_ranges != ActivationRanges.LARGEST.value
+
+    @property
+    def has_affine_inputs(self) -> bool:
+        """Whether ranges of what layers read begin at low ends of their own once they are fitted."""
+        return self.activation_ranges == ActivationRanges.AFFINE.value
 
     @property
     def range_layout(self) -> RangeLayout:

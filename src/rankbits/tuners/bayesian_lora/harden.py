@@ -114,8 +114,14 @@ def _harden_layer(layer: BayesianLoraLinear, adapter_name: str, rank: int, fixed
 
 def _fix(quantizer: Quantizer, width: int) -> FixedQuantizer:
     fixed = FixedQuantizer(
-        width, signed=quantizer.is_signed, layout=quantizer.layout, shape=quantizer.shape, full=quantizer.full
+        width,
+        signed=quantizer.is_signed,
+        layout=quantizer.layout,
+        shape=quantizer.shape,
+        full=quantizer.full,
+        affine=quantizer.low_ is not None,
     )
     fixed.fixed_range = quantizer.range_at(width).detach().clone()
+    fixed.lows = None if quantizer.low_ is None else quantizer.low_.detach().clone()
     fixed.offsets = None if quantizer.offsets is None else quantizer.offsets.clone()
     return fixed

@@ -174,10 +174,10 @@ class QuantizedHeadLinear(nn.Linear):
                 quantizer.let_learn(not phase.stands)
 
     def forget_rounding(self, adapter_name: str) -> None:
-        """Fit the range of the weight anew when its width is known."""
-        quantizer = self.quantizer_of(adapter_name, Site.WEIGHT)
-        if isinstance(quantizer, Quantizer):
-            quantizer.forget_fit()
+        """Fit ranges anew when widths are known."""
+        for quantizer in self.quantizers_of(adapter_name).values():
+            if isinstance(quantizer, Quantizer):
+                quantizer.forget_fit()
 
     def fit_weight_range(self, adapter_name: str) -> None:
         """Fit the range of the weight to the width it has now; once."""

@@ -67,10 +67,10 @@ class RoundedWeight(GatedAdapters):
         return total
 
     def forget_rounding(self, adapter_name: str) -> None:
-        """Fit the ranges of the weight, and choose its codes, anew when its width is known."""
-        quantizer = self.quantizers_of(adapter_name).get(Site.WEIGHT.value)
-        if isinstance(quantizer, Quantizer):
-            quantizer.forget_fit()
+        """Fit ranges, and choose the codes of the weight, anew when widths are known."""
+        for quantizer in self.quantizers_of(adapter_name).values():
+            if isinstance(quantizer, Quantizer):
+                quantizer.forget_fit()
 
     def is_rounded_last(self, adapter_name: str) -> bool:
         """Whether the weight, at the width it has now, is to be rounded after the last step and not before.

@@ -65,7 +65,7 @@ def learning_quantizer(
     try:
         quantizer = Quantizer(
             calibration_passes=config.calibration_passes,
-            signedness=SIGNEDNESS.get(site, Signedness.SIGNED),
+            signedness=_signedness(site, config),
             headroom=DIAGONAL_HEADROOM if site is Site.DIAGONAL else 1.0,
             layout=config.layout_of(site),
             shape=_quantized_shape(site, shape),
@@ -79,6 +79,12 @@ def learning_quantizer(
         ) from reason
     quantizer.fits_passes = config.fits_activations and site in ACTIVATION_SITES
     return quantizer
+
+
+def _signedness(site: Site, config: BayesianLoraConfig) -> Signedness:
+    if site is Site.INPUT and config.has_affine_inputs:
+        return Signedness.AFFINE
+    return SIGNEDNESS.get(site, Signedness.SIGNED)
 
 
 def _quantized_shape(site: Site, shape: tuple[int, int]) -> tuple[int, ...]:
@@ -102,5 +108,6 @@ def fixed_quantizers(
             shape=_quantized_shape(Site(site), shape),
             compensated=compensated and of_weight,
             full=config.uses_all_codes and of_weight,
+            affine=config.has_affine_inputs and site == Site.INPUT.value,
         )
     return nn.ModuleDict(quantizers)

@@ -108,6 +108,40 @@ def test_an_unsigned_input_stays_unsigned(rows, adapt, learn, tmp_path) -> None:
     assert torch.equal(loaded(rows), expected)
 
 
+@pytest.mark.parametrize("ranges", [{}, GROUPS], ids=["one range", "groups"])
+def test_affine_inputs_stay_as_they_are_when_saved_hardened_merged_and_loaded(rows, adapt, ranges, tmp_path) -> None:
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(12, 10), nn.GELU(), nn.Linear(10, 6))
+    base = {name: tensor.clone() for name, tensor in mlp.state_dict().items()}
+    settings = {"placement": "merged", "activation_ranges": "affine", "calibration_passes": 1}
+    model = adapt(mlp, target_modules=["0", "2"], **settings, **ranges).train()
+    schedule = GateSchedule(model, 8, budget="bops=0.0625", phases=(0.5, 0.0, 0.0))
+    for _ in range(8):
+        model(rows).square().mean().backward()
+        schedule.step()
+    model.eval()
+    expected = model(rows)
+    lows = [layer.quantizer_of("default", Site.INPUT).low_.clone() for _, layer in adapted_layers(model)]
+    assert all(bool((low != 0).any()) for low in lows)
+
+    def load(path):
+        fresh = nn.Sequential(nn.Linear(12, 10), nn.GELU(), nn.Linear(10, 6))
+        fresh.load_state_dict(base)
+        return PeftModel.from_pretrained(fresh, path).eval()
+
+    model.save_pretrained(tmp_path / "learning")
+    assert torch.equal(load(tmp_path / "learning")(rows), expected)
+    harden(model)
+    assert torch.equal(model(rows), expected)
+    model.save_pretrained(tmp_path / "hard")
+    loaded = load(tmp_path / "hard")
+    assert torch.equal(loaded(rows), expected)
+    found = [layer.quantizer_of("default", Site.INPUT).low_ for _, layer in adapted_layers(loaded)]
+    assert all(torch.equal(one, other) for one, other in zip(found, lows, strict=True))
+    loaded.merge_adapter()
+    assert torch.equal(loaded(rows), expected)
+
+
 def test_the_scale_keeps_the_maximum_rank(mlp, rows, adapt, learn) -> None:
     model = adapt(mlp, r=4, alpha=8.0, target_modules=["0"], learn_bits=False)
     learn(model, rows, rank=1)
