@@ -62,17 +62,24 @@ RECIPE = (
     "gates.range_learning_rate=0.01",
 )
 """What our points share beside sites and budget: widths are chosen after a fifth of the steps."""
-FINE = (
-    "adapter.group_size=8",
-    "adapter.scale_bits=8",
-    "adapter.code_range=full",
-    "adapter.activation_ranges=fitted",
-)
-"""What budgets below `NARROW` get besides: a byte of scale for 8 weights, all codes, and inputs fitted to their width.
+GRIDS = ("adapter.group_size=8", "adapter.scale_bits=8", "adapter.code_range=full")
+FINE = (*GRIDS, "adapter.activation_ranges=fitted")
+"""What budgets below `NARROW` got at first: a byte of scale for 8 weights, all codes, and inputs fitted to their width.
 
 Two and four bits round with less of an error so. From `NARROW` on it would be five bits for a weight of four, more than
 the bytes that are allowed there.
 """
+AFFINE = (
+    *GRIDS,
+    "adapter.activation_ranges=affine",
+    "adapter.input_granularity=group",
+    "gates.range_learning_rate=0.001",
+    "gates.warmup=0.7",
+    "gates.ramp=0",
+    "gates.fixed=0",
+)
+"""What they get now: inputs are rounded in the weight's groups, with low ends, and not before 0.7 of the steps."""
+FINER = {"fine": FINE, "affine": AFFINE}
 SITES = {"merged": "[weight,input]", "separate": "[weight,down,diagonal,up,input]"}
 """Q_out is left out: the next layer's input quantizer rounds what this one writes."""
 ABLATIONS = {
@@ -171,9 +178,9 @@ def learned(task: str, variant: str, placement: str, budget: float, seed: int) -
     return Point(task, f"{variant}-{placement}-bops{budget:g}", seed, changes=changes)
 
 
-def finer(point: Point) -> Point:
-    """The same with `FINE`."""
-    return replace(point, label=f"{point.label}-fine", changes=(*point.changes, *FINE))
+def finer(point: Point, grids: str = "affine") -> Point:
+    """The same with one of `FINER`."""
+    return replace(point, label=f"{point.label}-{grids}", changes=(*point.changes, *FINER[grids]))
 
 
 def longer(point: Point) -> Point:
@@ -189,12 +196,12 @@ def uniform(task: str, widths: tuple[int, int], granularity: str, seed: int) -> 
     return Point(task, label, seed, Kind.FIXED, changes, widths=widths)
 
 
-def permuted(task: str, budget: float, seed: int, *, fine: bool = False) -> Point:
+def permuted(task: str, budget: float, seed: int, *, finely: bool = False) -> Point:
     """Learned widths and ranks, dealt out to other layers at the same cost and trained with fixed gates."""
     source = learned(task, "q-ra", DEFAULT_PLACEMENT, budget, seed)
     changes = (*ours(DEFAULT_PLACEMENT), *work(task, seed, rate=OUR_RATE))
     point = Point(task, f"permuted-bops{budget:g}", seed, Kind.FIXED, changes, source=source.name)
-    return replace(finer(point), source=finer(source).name) if fine else point
+    return replace(finer(point), source=finer(source).name) if finely else point
 
 
 def rounded(task: str, seed: int) -> Point:
@@ -272,8 +279,9 @@ def _all() -> list[Point]:
     points += [
         finer(learned(t, "q-ra", DEFAULT_PLACEMENT, b, s)) for b in (MIXED, TIGHT) for s in SEEDS for t in CURVE_TASKS
     ]
+    points += [finer(learned(t, "q-ra", DEFAULT_PLACEMENT, MIXED, s), "fine") for s in SEEDS for t in CURVE_TASKS]
     points += [finer(uniform(t, w, "group", s)) for w in ((2, 8), (4, 4)) for s in SEEDS for t in CURVE_TASKS]
-    points += [permuted(t, TIGHT, s, fine=True) for s in SEEDS for t in CURVE_TASKS]
+    points += [permuted(t, TIGHT, s, finely=True) for s in SEEDS for t in CURVE_TASKS]
     points += [
         longer(point)
         for s in SEEDS

@@ -11,6 +11,7 @@ from points import (
     CURVE_TASKS,
     DEFAULT_PLACEMENT,
     EPOCHS,
+    FINER,
     FIRST_SEED,
     LONGER,
     MAIN_TASKS,
@@ -162,18 +163,19 @@ def _verdict(budget: float, means: Sequence[float]) -> str:
     return f"- bops={budget:g}: mean over tasks {mean:+.2f} points, allowed {-allowed:+.1f}: {word}."
 
 
-def _finer(make: Make) -> Make:
-    return lambda task, seed: finer(make(task, seed))
+def _finer(make: Make, grids: str = "affine") -> Make:
+    return lambda task, seed: finer(make(task, seed), grids)
 
 
 def finer_runs() -> list[str]:
-    """Budgets below W4A8's against LoRA: the recipe for all budgets, and what finer grids and fitted inputs add."""
+    """Budgets below W4A8's against LoRA: the recipe for all budgets, and what finer grids of weights and inputs add."""
     head = ["task", "% of 32-bit", "grids", "LoRA", "q + ra", "difference"]
     head += ["training loss", "LoRA's", "bytes %", "W bits", "x bits", "rank"]
     rows = []
     for task in CURVE_TASKS:
         for budget in (MIXED, TIGHT):
-            for name, ours in (("groups of 64", _ours(budget)), ("fine", _finer(_ours(budget)))):
+            finer_ones = [(grids, _finer(_ours(budget), grids)) for grids in FINER]
+            for name, ours in (("groups of 64", _ours(budget)), *finer_ones):
                 found, difference = pairs(task, ours, lora), differences(task, ours, lora)
                 if difference is None:
                     continue
@@ -269,8 +271,8 @@ def won_back() -> list[str]:
     return _table(["task", "% of 32-bit", "lost by rounding", "lost by q + ra", "won back %"], rows)
 
 
-def _permuted(*, fine: bool = False) -> Make:
-    return lambda task, seed: permuted(task, TIGHT, seed, fine=fine)
+def _permuted(*, finely: bool = False) -> Make:
+    return lambda task, seed: permuted(task, TIGHT, seed, finely=finely)
 
 
 def _fixed(widths: tuple[int, int]) -> Make:
@@ -285,9 +287,9 @@ def allocations() -> list[str]:
     """Learned minus permuted and minus uniform, paired by seed; single seeds at other widths of the same cost."""
     others = [("permuted", _ours(TIGHT), _permuted())]
     others += [(_width_name(widths), _ours(budget), _fixed(widths)) for budget, widths in UNIFORM.items()]
-    fine = [("permuted", _permuted(fine=True))]
-    fine += [(_width_name(widths), _finer(_fixed(widths))) for widths in (UNIFORM[TIGHT], ALSO_UNIFORM)]
-    others += [(f"{name}, fine", _finer(_ours(TIGHT)), theirs) for name, theirs in fine]
+    finely = [("permuted", _permuted(finely=True))]
+    finely += [(_width_name(widths), _finer(_fixed(widths))) for widths in (UNIFORM[TIGHT], ALSO_UNIFORM)]
+    others += [(f"{name}, affine", _finer(_ours(TIGHT)), theirs) for name, theirs in finely]
     rows = []
     for task in CURVE_TASKS:
         for label, ours, theirs in others:

@@ -426,13 +426,14 @@ def test_more_epochs_stand_beside_the_usual_ones(study, monkeypatch: pytest.Monk
 def test_finer_grids_stand_beside_the_usual_ones(study, monkeypatch: pytest.MonkeyPatch) -> None:
     tables, points, outcomes = study.load("tables"), study.load("points"), study.load("outcomes")
     lora, ours = points.lora("mrpc", 43), points.learned("mrpc", "q-ra", "merged", points.MIXED, 43)
-    scores = {lora.name: 80.0, ours.name: 75.0, points.finer(ours).name: 79.0}
+    scores = {lora.name: 80.0, ours.name: 75.0, points.finer(ours, "fine").name: 77.0, points.finer(ours).name: 79.0}
     made = {name: outcomes.Outcome(score, 0.02, 0.1, 0.2, 8.0, 3.0, 6.0, 1, 0.5) for name, score in scores.items()}
     monkeypatch.setattr(tables, "outcome", made.get)
     costs = "0.50 | 0.50 | 10.00 | 3.00 | 6.00 | 8.00 |"
     assert tables.finer_runs()[2:] == [
         f"| mrpc | 2.34 | groups of 64 | 80.00 | 75.00 | -5.00 | {costs}",
-        f"| mrpc | 2.34 | fine | 80.00 | 79.00 | -1.00 | {costs}",
+        f"| mrpc | 2.34 | fine | 80.00 | 77.00 | -3.00 | {costs}",
+        f"| mrpc | 2.34 | affine | 80.00 | 79.00 | -1.00 | {costs}",
     ]
 
 
@@ -440,12 +441,14 @@ def test_finer_points_differ_in_their_grids_alone_and_permuted_ones_go_back_to_f
     points = study.load("points")
     learned = points.learned("stsb", "q-ra", "merged", points.TIGHT, 43)
     fixed = points.uniform("stsb", (2, 8), "group", 43)
-    dealt, dealt_finely = (points.permuted("stsb", points.TIGHT, 43, fine=fine) for fine in (False, True))
-    made = [(learned, points.finer(learned)), (fixed, points.finer(fixed)), (dealt, dealt_finely)]
-    for usual, fine in made:
-        assert fine.changes == (*usual.changes, *points.FINE)
+    mixed = points.learned("stsb", "q-ra", "merged", points.MIXED, 43)
+    dealt, dealt_finely = (points.permuted("stsb", points.TIGHT, 43, finely=finely) for finely in (False, True))
+    made = [(learned, points.finer(learned), "affine"), (fixed, points.finer(fixed), "affine")]
+    made += [(dealt, dealt_finely, "affine"), (mixed, points.finer(mixed, "fine"), "fine")]
+    for usual, fine, grids in made:
+        assert fine.changes == (*usual.changes, *points.FINER[grids])
         assert (fine.task, fine.seed, fine.kind, fine.widths) == (usual.task, usual.seed, usual.kind, usual.widths)
-        assert fine.name == usual.name.replace("-seed43", "-fine-seed43")
+        assert fine.name == usual.name.replace("-seed43", f"-{grids}-seed43")
         assert fine in points.POINTS
     assert dealt_finely.source == points.finer(learned).name
 
@@ -460,7 +463,7 @@ def test_learned_widths_are_compared_where_permuted_and_uniform_ones_are_run(stu
     monkeypatch.setattr(tables, "outcome", outcome)
     text = "\n".join(tables.allocations())
     for task in points.CURVE_TASKS:
-        fine = [f"{name}, fine" for name in ("permuted", "uniform w2a8", "uniform w4a4")]
+        fine = [f"{name}, affine" for name in ("permuted", "uniform w2a8", "uniform w4a4")]
         for other in ("permuted", "uniform w2a8", "uniform w4a8", *fine):
             assert f"| {task} | {other} | 80.00 ± 0.00 | 80.00 ± 0.00 | +0.00 [+0.00, +0.00] | 0.50 ± 0.00 |" in text
 
