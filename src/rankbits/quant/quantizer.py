@@ -22,6 +22,7 @@ from rankbits.quant.grid import (
     RangeLayout,
     Signedness,
     bits_of_gates,
+    covering_logarithm,
 )
 from rankbits.quant.scales import headroom as scale_headroom
 from rankbits.quant.scales import stored_ranges
@@ -243,7 +244,7 @@ class Quantizer(Float32State):
         if float(self.maximum.amax()) <= RANGE_FLOOR:
             return False
         # A part of nothing but zeros has the least range there is until its weights grow.
-        self.log_range.copy_(self.maximum.clamp(min=RANGE_FLOOR).log() + math.log(self.headroom))
+        self.log_range.copy_(covering_logarithm(self.maximum.clamp(min=RANGE_FLOOR)) + math.log(self.headroom))
         self.calibrated.fill_(True)
         self._known = None
         return True
@@ -259,7 +260,7 @@ class Quantizer(Float32State):
         """Widen the ranges to the largest magnitudes of `x`: a clipped weight gets no gradient to come back."""
         if self.is_calibrated and x.numel():
             largest = self._magnitudes(x.detach().to(torch.float32)).clamp(min=RANGE_FLOOR)
-            torch.maximum(self.log_range, largest.log(), out=self.log_range)
+            torch.maximum(self.log_range, covering_logarithm(largest), out=self.log_range)
 
     @torch.no_grad()
     def fit(self, x: Tensor, bits: int, *, again: bool = False) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from rankbits.errors import RankbitsWarning
 from rankbits.quant import kernels
-from rankbits.quant.grid import BIT_WIDTHS, Signedness
+from rankbits.quant.grid import BIT_WIDTHS, Granularity, RangeLayout, Signedness
 from rankbits.quant.quantizer import Quantizer
 from rankbits.quant.weight_fit import RANGE_FLOOR
 
@@ -240,3 +240,22 @@ def test_a_range_that_covers_is_widened_in_the_pass_in_which_calibration_ends() 
     torch.testing.assert_close(first, x, rtol=1e-6, atol=0.0)
     assert torch.equal(first, again)
     torch.testing.assert_close(quantizer.range_, torch.tensor(3.0), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-3, 1.0, 1e4])
+def test_no_largest_value_lies_outside_its_range(size: float) -> None:
+    """In groups the largest value is one in a few: without its gradient the update would learn another thing."""
+    generator = torch.Generator().manual_seed(4)
+    x = size * torch.randn(64, 512, generator=generator)
+    layout = RangeLayout(Granularity.GROUP, 8)
+    for covered in (False, True):
+        quantizer = Quantizer(calibration_passes=1, layout=layout, shape=(64, 512))
+        quantizer.calibrate_to(0.5 * x if covered else x)
+        if covered:
+            quantizer.cover(x)
+        assert bool((quantizer.range_ >= layout.magnitudes(x)).all())
+        torch.testing.assert_close(quantizer.range_.detach(), layout.magnitudes(x), rtol=1e-5, atol=0.0)
+        leaf = x.clone().requires_grad_()
+        quantizer(leaf, torch.ones(4), hard=False).sum().backward()
+        assert leaf.grad is not None
+        assert bool((leaf.grad == 1.0).all())

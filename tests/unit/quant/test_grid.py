@@ -60,5 +60,5 @@ def test_bits_of_gates_keeps_leading_dimensions():
 
 
 def test_signedness_is_also_its_configuration_value():
-    assert [member.value for member in grid.Signedness] == ["signed", "unsigned", "auto"]
+    assert [member.value for member in grid.Signedness] == ["signed", "unsigned", "auto", "affine"]
     assert grid.Signedness("auto") is grid.Signedness.AUTO
