@@ -46,8 +46,8 @@ def test_a_group_that_shows_nothing_finite_does_not_spoil_the_others() -> None:
     x[1, 0] = float("nan")
     with pytest.warns(UserWarning, match="NaN or infinite"):
         ranges = _quantizer(x).range_.detach().flatten()
-    assert float(ranges[0]) == pytest.approx(float(x[:, :SIZE].nan_to_num().abs().max()))
-    assert float(ranges[1]) == pytest.approx(float(x[:, SIZE : 2 * SIZE].abs().max()))
+    assert float(ranges[0]) == pytest.approx(float(x[:, :SIZE].nan_to_num().abs().max()), rel=1e-5)
+    assert float(ranges[1]) == pytest.approx(float(x[:, SIZE : 2 * SIZE].abs().max()), rel=1e-5)
 
 
 @pytest.mark.parametrize("rows", [(), (1,), (7,), (2, 5)])
