@@ -16,7 +16,7 @@ def unsuited(recipe: Recipe) -> list[Problem]:
 
     Settings of other methods are no problem, so that one recipe serves several; they are not read.
     """
-    checks = (_start, _budget, _mora, _sbora, _dylora, _adalora, _prefix)
+    checks = (_start, _budget, _groups, _mora, _sbora, _dylora, _adalora, _prefix)
     return list(chain.from_iterable(check(recipe) for check in checks))
 
 
@@ -39,6 +39,16 @@ def _budget(recipe: Recipe) -> Iterator[Problem]:
             "gates.budget",
             f"given {recipe.gates.budget!r}, expected null with method={recipe.method}: only bayesian-lora learns "
             "ranks and bits until a budget is met",
+        )
+
+
+def _groups(recipe: Recipe) -> Iterator[Problem]:
+    granularity = recipe.adapter.granularity
+    if recipe.method == "bayesian-lora" and recipe.adapter.input_granularity == "group" != granularity:
+        yield Problem(
+            "adapter.input_granularity",
+            f"given the text 'group', expected tensor with adapter.granularity={granularity}: inputs share the groups "
+            "of the weight",
         )
 
 

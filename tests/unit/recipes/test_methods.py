@@ -249,7 +249,9 @@ def test_how_tensors_are_rounded_reaches_the_adapter_and_the_work() -> None:
     assert _fields(_config("bayesian-lora", *changes), *names) == list(asked)
     later = {"code_range": "full", "scale_bits": 16, "activation_ranges": "fitted", "input_granularity": "group"}
     for name, new in later.items():
-        one, other = (load("quickstart", [f"adapter.{name}={given}"]) for given in (new, usual[name]))
+        one, other = (
+            load("quickstart", ["adapter.granularity=group", f"adapter.{name}={g}"]) for g in (new, usual[name])
+        )
         assert work_of(one)["adapter"].pop(name) == new
         assert name not in work_of(other)["adapter"]
 
@@ -275,6 +277,10 @@ def test_settings_of_the_method_are_part_of_the_work() -> None:
             "gates.budget: given 'bits=4', expected null with method=lora: only bayesian-lora learns",
         ),
         (["method=mora", "adapter.mora.fold=true", "adapter.mora.type=sharing"], "adapter.mora.fold: given true"),
+        (
+            ["adapter.input_granularity=group", "adapter.granularity=channel"],
+            "adapter.input_granularity: given the text 'group', expected tensor with adapter.granularity=channel",
+        ),
         (
             ["method=sbora-fa", "adapter.sbora.variant=fb"],
             "given the text 'fb', expected fa or null with",
