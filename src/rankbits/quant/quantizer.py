@@ -121,6 +121,8 @@ class Quantizer(Float32State):
             signed = self.signedness is Signedness.SIGNED or (
                 self.signedness is not Signedness.UNSIGNED and bool(self.seen_negative)
             )
+            # The grid above a low end is the one of values that are not negative.
+            signed = signed and not (self.lows is not None and bool(self.lows.any()))
             self._known = (bool(self.calibrated), signed)
         return self._known
 
@@ -183,8 +185,6 @@ class Quantizer(Float32State):
         self.log_range.copy_(ranges.reshape(self.log_range.shape).log())
         if lows is not None and self.lows is not None:
             self.lows.copy_(lows.reshape(self.lows.shape))
-            # The grid above a low end is the one of values that are not negative.
-            self.seen_negative.fill_(False)
             self._known = None
 
     def range_at(self, bits: Tensor | int) -> Tensor:
@@ -243,8 +243,10 @@ class Quantizer(Float32State):
             self.seen_negative.copy_(seen[-1] > 0)
         if float(self.maximum.amax()) <= RANGE_FLOOR:
             return False
-        # A part of nothing but zeros has the least range there is until its weights grow.
-        self.log_range.copy_(covering_logarithm(self.maximum.clamp(min=RANGE_FLOOR)) + math.log(self.headroom))
+        # A part of nothing but zeros has the least range there is until its weights grow; activations do not wait.
+        idle = self.maximum.amax() if len(self.shape) == 1 else RANGE_FLOOR
+        largest = torch.where(self.maximum > RANGE_FLOOR, self.maximum, idle)
+        self.log_range.copy_(covering_logarithm(largest) + math.log(self.headroom))
         self.calibrated.fill_(True)
         self._known = None
         return True
@@ -315,7 +317,6 @@ class Quantizer(Float32State):
         if self.lows is not None and bool(self.lows.any()):
             ends = torch.stack([self.lows, self.lows + self.log_range.exp()])
             self.log_range.copy_(ends.abs().amax(dim=0).clamp(min=RANGE_FLOOR).log())
-            self.seen_negative.copy_((ends < 0).any())
             self.lows.zero_()
             self._known = None
 

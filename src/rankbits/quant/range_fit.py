@@ -12,7 +12,7 @@ from rankbits.quant.weight_fit import RANGE_FLOOR
 
 FACTORS = tuple(2.0 ** (-step / 4.0) for step in range(-4, 25))
 """Ranges around zero that are tried, in units of the present one: from twice to a 64th, each 16 % below the last."""
-SHARES = tuple(2.0 ** (-step / 4.0) for step in range(13))
+SHARES = tuple(2.0 ** (-step / 4.0) for step in range(25))
 """Shares of all values' range that are tried as an affine one; what is cut off lies as its ends do about the mean."""
 FITTED_WIDTHS = BIT_WIDTHS[:3]
 """Widths at which a range is chosen. From 16 bits on there are so many codes that nothing is gained by clipping."""
@@ -48,6 +48,8 @@ class RangeFit:
     @torch.no_grad()
     def look(self, x: Tensor) -> None:
         """Take note of what the values of one pass, x [..., features], span; needed where ranges are affine alone."""
+        if x.numel() == 0:
+            return
         parts = self._drawn(x, self._looks)
         ends = torch.stack([(-parts).amax(dim=(0, 2)), parts.amax(dim=(0, 2))])
         torch.maximum(self.ends, ends, out=self.ends)
@@ -57,6 +59,8 @@ class RangeFit:
     @torch.no_grad()
     def see(self, x: Tensor) -> None:
         """Add the squared errors of one pass, x [..., features]."""
+        if x.numel() == 0:
+            return
         parts = self._drawn(x, self._sights)
         signed = self.quantizer.is_signed
         present = self.quantizer.range_.reshape(-1, 1)
@@ -76,7 +80,10 @@ class RangeFit:
 
     @torch.no_grad()
     def settle(self, bits: int) -> None:
-        """Give the quantizer the ranges with the least error at a width, where that is less than with its own.
+        """Give the quantizer the ranges with the least error at a width.
+
+        Around zero it keeps its own where that is not more. Affine ones are the best of those that are tried, and the
+        present ones with a low end where nothing finite was seen: either all ranges have a low end or none.
 
         Args:
             bits: above `FITTED_WIDTHS` the ranges stay.
@@ -91,9 +98,8 @@ class RangeFit:
         if lows is None:
             self.quantizer.settle(torch.where(least < self.present[position], chosen, present))
             return
-        # Either all ranges have a low end or none: what shows nothing finite keeps its range with that of the present.
         low = -present if self.quantizer.is_signed else torch.zeros_like(present)
-        known = least.isfinite()
+        known = least.isfinite() & (self.totals[1] > 0.0)
         lows = torch.where(known, lows.gather(0, best[None])[0], low)
         self.quantizer.settle(torch.where(known, chosen, present - low), lows)
 

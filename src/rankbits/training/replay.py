@@ -42,7 +42,7 @@ class Replay:
         if layers:
             choices.append(("rounding='compensated' chooses codes", "rounding='nearest'"))
         if fitted_quantizers(model):
-            choices.append(("activation_ranges='fitted' chooses ranges", "activation_ranges='largest'"))
+            choices.append(("activation_ranges fits ranges", "activation_ranges='largest'"))
         for what, otherwise in choices:
             if not 0 < fixed_from < total_steps:
                 raise ScheduleError(
@@ -110,7 +110,7 @@ class Replay:
             text = f"{ended} codes of weights were chosen by rounding='compensated': they are the nearest ones"
             warnings.warn(text, RankbitsWarning, stacklevel=3)
         if completed_steps < self.fixed_from and fitted_quantizers(self.model):
-            text = f"{ended} ranges of activations were chosen by activation_ranges='fitted': they stay as they are"
+            text = f"{ended} ranges of activations were fitted by activation_ranges: they stay as they are"
             warnings.warn(text, RankbitsWarning, stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:

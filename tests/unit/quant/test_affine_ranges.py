@@ -180,3 +180,27 @@ def test_a_fit_that_is_forgotten_leaves_a_range_around_zero_that_covers_the_affi
     again = quantizer.range_.detach().clone()
     quantizer.forget_fit()
     assert torch.equal(quantizer.range_.detach(), again)
+
+
+def test_what_no_pass_reached_keeps_its_range_and_empty_passes_say_nothing() -> None:
+    x = _gelu(64)
+    quantizer = _quantizer(x, GROUPS)
+    before = quantizer.range_.detach().flatten()
+    fit = RangeFit(quantizer)
+    for show in (fit.look, fit.see):
+        show(torch.empty(0, FEATURES))
+    assert torch.equal(fit.errors_left(), torch.ones(3))
+    fit.settle(4)
+    assert quantizer.low_ is not None
+    torch.testing.assert_close(quantizer.low_.flatten(), -before)
+    torch.testing.assert_close(quantizer.range_.detach().flatten(), 2 * before)
+
+
+def test_negative_values_are_not_forgotten_where_no_range_began_below_zero() -> None:
+    x = _gelu(64) + 5.0
+    x[0, 0] = -1.0
+    quantizer = _quantizer(x, PER_TENSOR)
+    quantizer.settle(torch.tensor([9.0]), torch.tensor([1.0]))
+    assert not quantizer.is_signed
+    quantizer.forget_fit()
+    assert quantizer.is_signed

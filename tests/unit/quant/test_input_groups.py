@@ -164,3 +164,10 @@ def test_a_group_with_values_that_are_not_finite_keeps_its_range_alone() -> None
 def test_groups_that_do_not_divide_the_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match="groups of 4 do not divide rows of 10 inputs"):
         Quantizer(calibration_passes=1, layout=LAYOUT, shape=(10,))
+
+
+def test_a_group_without_values_in_calibration_is_coarse_and_not_dead() -> None:
+    x = _rows(5)
+    x[:, :SIZE] = 0.0
+    quantizer = _quantizer(x)
+    assert float(quantizer.range_.detach().flatten()[0]) == pytest.approx(float(x.abs().max()), rel=1e-5)

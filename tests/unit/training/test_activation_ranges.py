@@ -181,9 +181,7 @@ def test_a_pass_that_was_never_seen_is_said_and_ranges_stay() -> None:
 
 @pytest.mark.parametrize("phases", [(0.5, 0.2, 0.0), (0.0, 0.0, 1.0)])
 def test_phases_without_fixed_gates_or_without_others_are_refused(phases: tuple[float, float, float]) -> None:
-    with pytest.raises(
-        ScheduleError, match=r"activation_ranges='fitted' chooses ranges .* activation_ranges='largest'"
-    ):
+    with pytest.raises(ScheduleError, match=r"activation_ranges fits ranges .* activation_ranges='largest'"):
         GateSchedule(_model(), STEPS, phases=phases)
 
 
@@ -440,7 +438,7 @@ def test_a_run_that_ends_before_says_that_ranges_stay() -> None:
     model = _model()
     schedule = _schedule(model)
     _train(model, schedule, 2)
-    with pytest.warns(RankbitsWarning, match="after 2 of 24 steps, before the ranges of activations were chosen"):
+    with pytest.warns(RankbitsWarning, match="after 2 of 24 steps, before the ranges of activations were fitted"):
         schedule.replay.end(2)
 
 

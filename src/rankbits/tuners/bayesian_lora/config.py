@@ -175,7 +175,7 @@ class BayesianLoraConfig(PeftConfig):
         initial_rank_logit: start of all rank gates; all r ranks must be open.
         hardened_ranks: written by `rankbits.harden`: layer name to its fixed rank.
         hardened_bits: written by `rankbits.harden`: layer name to site to its fixed width in bits.
-        unsigned_inputs: written by `rankbits.harden`: layers whose input grid starts at zero.
+        unsigned_inputs: written by `rankbits.harden`: layers whose input grid starts at zero, or at its low end.
 
     Raises:
         ValueError: all invalid fields together, each with its value and what is allowed.
