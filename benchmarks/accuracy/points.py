@@ -24,7 +24,7 @@ BUDGETS = (0.5, 0.25, 0.1875, 0.125, 0.09375, 0.0625)
 """Bit operations of the adapted layers as a share of their 16-bit reference; a quarter of it is of the 32-bit one."""
 CLAIMED = (0.25, 0.125)
 MIXED = 0.09375
-"""Here 2-bit and 4-bit weights mix, and two points may be lost; MRPC loses more."""
+"""Here 2-bit and 4-bit weights mix, and two points may be lost; with `RECIPE` alone MRPC loses more."""
 LONGER = 6
 """Epochs after which MRPC is compared at that budget once more, to see whether it is only late there."""
 TIGHT = 0.0625
