@@ -61,8 +61,7 @@ class Quantizer(Float32State):
         shape: where ranges are finer than the tensor or codes may be offset, shape of the weight, or (in,) of what a
             layer reads.
         compensated: whether codes of a weight can be offset from the nearest ones (`compensate`).
-        full: whether the grid at a single width has all codes of that width; each range then lies on the side of zero
-            that `fit` finds better.
+        full: whether a grid at a single width has all codes of it; `fit` then chooses each range's side of zero.
     """
 
     learns = True
@@ -354,7 +353,7 @@ class Quantizer(Float32State):
         self.record(x)
         return True
 
-    def forward(self, x: Tensor, gates: Tensor, *, hard: bool, cover: bool = False) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor, *, hard: bool, cover: bool = False, rounds: bool = True) -> Tensor:
         """Quantize, or record while calibrating.
 
         Args:
@@ -362,6 +361,7 @@ class Quantizer(Float32State):
             gates: [4] values of the gates of 4, 8, 16 and 32 bits; for `hard`, bool and chained.
             hard: round at one width (evaluation, fixed-gate phase) instead of summing gated residuals.
             cover: widen the range to the largest magnitude of `x` first, so that nothing is clipped.
+            rounds: false returns `x` itself where a range is known.
 
         Returns:
             Tensor of the shape and dtype of `x`.
@@ -372,8 +372,8 @@ class Quantizer(Float32State):
         if cover:
             # Not before: a pass in which calibration ends is recomputed with the range that it has then.
             self.cover(x)
-        if hard:
-            return self.rounded(x, gates)
+        if hard or not rounds:
+            return self.rounded(x, gates) if rounds else x
         parts, low = self.layout.parts(x), self.low_
         if low is None:
             return kernels.quantize(parts, self.range_, gates, signed=self.is_signed).reshape(x.shape)

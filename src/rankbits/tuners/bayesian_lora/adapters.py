@@ -299,7 +299,7 @@ class GatedAdapters(AdapterLinear, ABC):
         gates = self.gates_of(adapter_name)
         if gates is not None and adapter_name in self.active_adapters and not self.disable_adapters:
             gates.requires_grad_(not phase.fixed)
-            gates.stands, gates.measures = phase.stands, phase.measures
+            gates.stand(stands=phase.stands, measures=phase.measures)
             for site, quantizer in self.quantizers_of(adapter_name).items():
                 # While gates stand ranges follow the largest magnitude: with all bits there is next to no gradient by a
                 # range, and an optimizer that normalises it would let the range drift.

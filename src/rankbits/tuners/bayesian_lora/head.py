@@ -102,12 +102,9 @@ class QuantizedHeadLinear(nn.Linear):
 
     def _on_grid(self, site: Site, x: Tensor, widths: Tensor | None) -> Tensor:
         quantizer = self.quantizers_of(self.adapter_name)[site.value]
-        if isinstance(quantizer, FixedQuantizer) or widths is None:
+        if isinstance(quantizer, FixedQuantizer) or widths is None or self.head_gates is None:
             return quantizer(x)  # type: ignore[no-any-return]
-        # What is measured is the cost of closing gates, so nothing may be clipped while the model still moves.
-        cover = self.training and self.phase[self.adapter_name].stands
-        result: Tensor = quantizer(x, widths[HEAD_SITES.index(site)], hard=self._is_hard(), cover=cover)
-        return result
+        return self.head_gates.put_on_grid(quantizer, x, widths[HEAD_SITES.index(site)], hard=self._is_hard())
 
     def quantizers_of(self, adapter_name: str) -> dict[str, Quantizer | FixedQuantizer]:
         """The quantizers by the name of their site; none for another adapter."""
@@ -168,7 +165,7 @@ class QuantizedHeadLinear(nn.Linear):
             return
         phase = self.phase[self.adapter_name]
         gates.requires_grad_(not phase.fixed)
-        gates.stands, gates.measures = phase.stands, phase.measures
+        gates.stand(stands=phase.stands, measures=phase.measures)
         for quantizer in self.quantizers_of(self.adapter_name).values():
             if isinstance(quantizer, Quantizer):
                 quantizer.let_learn(not phase.stands)

@@ -40,25 +40,12 @@ class BayesianLoraLinear(RoundedWeight):
             return x
         if isinstance(quantizer, FixedQuantizer) or gates is None:
             return quantizer(x)  # type: ignore[no-any-return]
-        widths = self._widths(adapter_name, site, gates)
-        if not record:
-            return quantizer.rounded(x, widths)
-        return self._put_on_grid(adapter_name, quantizer, x, widths, hard=gates.hard)
-
-    def _put_on_grid(self, adapter_name: str, quantizer: Quantizer, x: Tensor, widths: Tensor, *, hard: bool) -> Tensor:
-        # What is measured is the cost of closing gates, so nothing may be clipped while the model still moves.
-        cover = self.training and self.phase[adapter_name].stands
-        result: Tensor = quantizer(x, widths, hard=hard, cover=cover)
-        return result
-
-    def _widths(self, adapter_name: str, site: Site, gates: GateValues) -> Tensor:
-        rows = self.rows_of(adapter_name)
-        if site in rows:
-            return gates.widths[rows.index(site)]
         decided = self.gate_of(adapter_name, site)
         assert decided is not None, f"nothing decides about {site}"
-        owned_by, row = decided
-        return owned_by.widths_of(row, hard=gates.hard)
+        owner, row = decided
+        owned = owner is self.gates_of(adapter_name)
+        widths = gates.widths[row] if owned else owner.widths_of(row, hard=gates.hard)
+        return owner.put_on_grid(quantizer, x, widths, hard=gates.hard) if record else quantizer.rounded(x, widths)
 
     def adapted_forward(self, x: Tensor) -> Tensor:
         """Output with the active adapters: [..., in_features] to [..., out_features]."""
@@ -108,7 +95,7 @@ class BayesianLoraLinear(RoundedWeight):
             return quantizer(x)  # type: ignore[no-any-return]
         hard = not self.training or self.phase[adapter_name].fixed
         gates, row = decided
-        return self._put_on_grid(adapter_name, quantizer, x, gates.widths_of(row, hard=hard), hard=hard)
+        return gates.put_on_grid(quantizer, x, gates.widths_of(row, hard=hard), hard=hard)
 
     def _read(self, adapter_name: str, x: Tensor, gates: GateValues | None) -> Tensor:
         """The quantized input; made once for all layers that read it."""
@@ -203,7 +190,7 @@ class BayesianLoraLinear(RoundedWeight):
     def _gradient_rows(self, adapter_name: str) -> int | None:
         # Not a question of whether gradients are on: a pass that will be recomputed has to draw the same numbers. And
         # squares of a gradient from some rows would hold the noise of their choice.
-        learns = self.training and self.learns_weight_ranges[adapter_name] and not self.phase[adapter_name].measures
+        learns = self.training and self.learns_weight_ranges[adapter_name] and not self.phase[adapter_name].stands
         return self.weight_gradient_rows[adapter_name] if learns else None
 
     def _rounded_sum(self, adapter_name: str, weight: Tensor, gates: GateValues | None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rankbits.gates import chain, hard_concrete
 from rankbits.quant.float32_state import Float32State
 from rankbits.quant.grid import GATED_WIDTHS
+from rankbits.quant.quantizer import Quantizer
 from rankbits.tuners.bayesian_lora.config import RankGate
 
 
@@ -77,12 +78,39 @@ class LayerGates(Float32State):
         self.rank_gate = rank_gate
         self.sampled_share = sampled_share
         self.stands = self.measures = False
+        self._rounds = True
         widths = (sites, len(GATED_WIDTHS))
         self.bit_logits = nn.Parameter(torch.full(widths, initial_bit_logit)) if sites else None
         self.rank_logits = nn.Parameter(torch.full((rank - 1,), initial_rank_logit)) if rank is not None else None
         # Part of learning and not of the adapter: the schedule keeps it in its own state.
         self.register_buffer("evidence", torch.zeros(widths), persistent=False)
         self.register_buffer("rank_evidence", torch.zeros(0 if rank is None else rank - 1), persistent=False)
+
+    def stand(self, *, stands: bool, measures: bool) -> None:
+        """Enter a phase of training."""
+        if (stands, measures) != (self.stands, self.measures):
+            self.stands, self.measures = stands, measures
+            # Read from the device now, and not in each pass.
+            self._rounds = not stands or measures or not self._all_open()
+
+    def _all_open(self) -> bool:
+        return self.bit_logits is None or bool(hard_concrete.is_open(self.bit_logits).all())
+
+    def put_on_grid(self, quantizer: Quantizer, x: Tensor, widths: Tensor, *, hard: bool) -> Tensor:
+        """Round a tensor by width gates of this layer, and by ranges that cover it while gates stand.
+
+        What is measured is the cost of closing gates, so nothing may be clipped while the model still moves. Before
+        that, rounding to 32 bits would take time and change nothing: where gates stand open, it is left out.
+
+        Args:
+            quantizer: of the tensor.
+            x: any shape.
+            widths: [4], as `values` gives them for a quantizer.
+            hard: whether they are those of inference.
+        """
+        stands = self.stands and not hard
+        result: Tensor = quantizer(x, widths, hard=hard, cover=stands, rounds=self._rounds or not stands)
+        return result
 
     def values(self, *, hard: bool) -> GateValues:
         """Gate values of one pass; noise, where there is any, is drawn from the default generator."""
