@@ -10,6 +10,8 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from rankbits.quant.scales import stored_steps
+
 
 class Scales(str, Enum):
     """Which weights of a matrix share a scale: all, those of an output, or consecutive inputs of an output."""
@@ -41,6 +43,7 @@ class Scheme:
         scales: which weights share a scale.
         group_size: inputs of a group.
         fit: how the scales of weights are chosen.
+        scale_bits: 32, or what a scale is stored in; with `Fit.ALL_CODES` alone, which tries scales as they are stored.
     """
 
     weight_bits: int
@@ -48,12 +51,14 @@ class Scheme:
     scales: Scales
     group_size: int = 64
     fit: Fit = Fit.MAXIMUM
+    scale_bits: int = 32
 
     @property
     def name(self) -> str:
         """Such as w4a8-group64-max."""
         grid = f"group{self.group_size}" if self.scales is Scales.GROUP else self.scales.value
-        return f"w{self.weight_bits}a{self.input_bits}-{grid}-{self.fit.value}"
+        stored = "" if self.scale_bits == 32 else f"-scale{self.scale_bits}"
+        return f"w{self.weight_bits}a{self.input_bits}-{grid}{stored}-{self.fit.value}"
 
 
 SHRINKS = tuple(1.0 - 0.02 * step for step in range(36))
@@ -76,14 +81,18 @@ def rounded_weight(weight: Tensor, scheme: Scheme) -> Tensor:
     view = grouped(weight, scheme)  # [tensors, elements that share a scale]
     scale = view.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / largest_code(scheme.weight_bits)
     full = scheme.fit is Fit.ALL_CODES
-    best = on_grid(view, scale, scheme.weight_bits, full=full)
+    best = on_grid(view, _stored(scale, scheme), scheme.weight_bits, full=full)
     if scheme.fit is not Fit.MAXIMUM:
         least = (best - view).square().sum(dim=1, keepdim=True)
         for shrink in (*SHRINKS[1:], *(-shrink for shrink in SHRINKS if full)):
-            tried = on_grid(view, shrink * scale, scheme.weight_bits, full=full)
+            tried = on_grid(view, _stored(shrink * scale, scheme), scheme.weight_bits, full=full)
             error = (tried - view).square().sum(dim=1, keepdim=True)
             best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
     return best.reshape(weight.shape)  # [out, in]
+
+
+def _stored(scale: Tensor, scheme: Scheme) -> Tensor:
+    return scale if scheme.scale_bits == 32 else stored_steps(scale, scheme.scale_bits)
 
 
 def grouped(weight: Tensor, scheme: Scheme) -> Tensor:

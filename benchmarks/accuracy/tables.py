@@ -219,14 +219,14 @@ def curve() -> list[str]:
     return _table(head, rows)
 
 
-def _best_rounded(task: str, budget: float, seed: int) -> float | None:
-    """The better fit of scales, for groups of 64, at the widths that cost what the budget allows."""
+def _best_rounded(task: str, budget: float, seed: int, grid: str = "group64") -> float | None:
+    """The better fit of scales at the widths that cost what the budget allows."""
     widths = SAME_COST.get(budget)
     found = rounded(rounded_point(task, seed).name)
     scores = [
         next(iter(entry["scores"].values()))
         for name, entry in found.items()
-        if widths is not None and name.startswith(f"{widths}-group64")
+        if widths is not None and name.startswith(f"{widths}-{grid}")
     ]
     return max(scores, default=None)
 
@@ -254,21 +254,23 @@ def rounding() -> list[str]:
 
 def won_back() -> list[str]:
     """At each budget with rounding of equal cost: what LoRA loses by it, and what q + ra loses."""
+    kinds = [("groups of 64", "group64", budget, _ours(budget)) for budget in SAME_COST]
+    kinds += [("affine", "group8-scale8", budget, _finer(_ours(budget))) for budget in (MIXED, TIGHT)]
     rows = []
     for task in (*MAIN_TASKS, *ONE_SEED_TASKS):
-        for budget in (b for b in BUDGETS if b in SAME_COST):
+        for name, grid, budget, ours in kinds:
             lost = [
                 (other.score - best, other.score - mine.score)
                 for seed in SEEDS
-                if (mine := outcome(_ours(budget)(task, seed).name))
+                if (mine := outcome(ours(task, seed).name))
                 and (other := outcome(lora(task, seed).name))
-                and (best := _best_rounded(task, budget, seed)) is not None
+                and (best := _best_rounded(task, budget, seed, grid)) is not None
             ]
             if lost:
                 theirs, mine_ = Sample([a for a, _ in lost]), Sample([b for _, b in lost])
                 share = f"{100 * (1 - mine_.mean / theirs.mean):.0f}" if theirs.mean > 0 else NONE
-                rows.append([task, f"{100 * budget / REFERENCE_RATIO:.2f}", spread(theirs), spread(mine_), share])
-    return _table(["task", "% of 32-bit", "lost by rounding", "lost by q + ra", "won back %"], rows)
+                rows.append([task, f"{100 * budget / REFERENCE_RATIO:.2f}", name, spread(theirs), spread(mine_), share])
+    return _table(["task", "% of 32-bit", "grids", "lost by rounding", "lost by q + ra", "won back %"], rows)
 
 
 def _permuted(*, finely: bool = False) -> Make:

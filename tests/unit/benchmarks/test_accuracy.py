@@ -243,6 +243,23 @@ def test_the_additional_code_lies_on_the_side_that_needs_it(study) -> None:
     torch.testing.assert_close(rounding.rounded_weight(weight, scheme), weight, rtol=0.05, atol=0.0)
 
 
+def test_scales_of_a_byte_are_tried_as_they_are_stored(study) -> None:
+    rounding = study.load("rounding")
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    form = {"group_size": 8, "fit": rounding.Fit.ALL_CODES}
+    byte, exact = (
+        rounding.rounded_weight(weight, rounding.Scheme(2, 8, rounding.Scales.GROUP, scale_bits=bits, **form))
+        for bits in (8, 32)
+    )
+    # At two bits the smallest magnitude in a group, zero aside, is its scale: of E4M3, with four significant bits.
+    magnitudes = byte.abs().reshape(-1, 8)
+    steps = magnitudes.where(magnitudes > 0, torch.inf).amin(dim=1)
+    fractions = torch.frexp(steps).mantissa * 16
+    assert torch.equal(fractions, fractions.round())
+    errors = [(values - weight).square().sum() for values in (byte, exact)]
+    assert errors[1] < errors[0] < 1.1 * errors[1]
+
+
 def test_layers_are_rounded_inside_the_block_only(study) -> None:
     rounding = study.load("rounding")
     layer = nn.Linear(4, 3)
@@ -266,6 +283,9 @@ def test_bytes_of_a_scheme_count_its_scales(study) -> None:
     layers = {"a": nn.Linear(128, 64, bias=False)}
     cost = rounded.cost(layers, rounding.Scheme(4, 8, rounding.Scales.GROUP))
     assert cost == {"bops_share": 32 / 1024, "bytes_share": (4 + 32 / 64) / 32}
+    fine = rounding.Scheme(3, 8, rounding.Scales.GROUP, group_size=8, fit=rounding.Fit.ALL_CODES, scale_bits=8)
+    assert rounded.cost(layers, fine) == {"bops_share": 24 / 1024, "bytes_share": (3 + 8 / 8) / 32}
+    assert fine.name == "w3a8-group8-scale8-mse-full"
 
 
 def _record(bits: list[tuple[int, int, int]]):
@@ -470,7 +490,8 @@ def test_learned_widths_are_compared_where_permuted_and_uniform_ones_are_run(stu
 
 def test_what_is_won_back_is_the_share_of_what_rounding_loses(study, monkeypatch: pytest.MonkeyPatch) -> None:
     tables, points, outcomes = study.load("tables"), study.load("points"), study.load("outcomes")
-    scores = {points.lora("stsb", 42).name: 85.0, points.learned("stsb", "q-ra", "merged", 0.125, 42).name: 84.75}
+    usual, mixed = (points.learned("stsb", "q-ra", "merged", budget, 42) for budget in (0.125, 0.09375))
+    scores = {points.lora("stsb", 42).name: 85.0, usual.name: 84.75, points.finer(mixed).name: 84.5}
     monkeypatch.setattr(
         tables,
         "outcome",
@@ -478,12 +499,21 @@ def test_what_is_won_back_is_the_share_of_what_rounding_loses(study, monkeypatch
     )
     entries = {
         "schemes": [
-            {"scheme": f"w4a8-group64-{fit}", "scores": {"pearson": s}} for fit, s in (("max", 83.0), ("mse", 84.0))
+            {"scheme": name, "scores": {"pearson": score}}
+            for name, score in (
+                ("w4a8-group64-max", 83.0),
+                ("w4a8-group64-mse", 84.0),
+                ("w3a8-group64-mse", 70.0),
+                ("w3a8-group8-scale8-mse-full", 83.0),
+            )
         ]
     }
     path = study.results / f"{points.rounded('stsb', 42).name}.json"
     path.write_text(json.dumps(entries), encoding="utf-8")
-    assert "| stsb | 3.12 | 1.00 | 0.25 | 75 |" in tables.won_back()
+    rows = tables.won_back()
+    assert "| stsb | 3.12 | groups of 64 | 1.00 | 0.25 | 75 |" in rows
+    assert "| stsb | 2.34 | affine | 2.00 | 0.50 | 75 |" in rows
+    assert len(rows) == 4
 
 
 def test_files_are_small_and_say_first_what_they_are() -> None:
