@@ -69,14 +69,13 @@ FINE = (*GRIDS, "adapter.activation_ranges=fitted")
 Two and four bits round with less of an error so. From `NARROW` on it would be five bits for a weight of four, more than
 the bytes that are allowed there.
 """
+LATE = ("gates.warmup=0.7", "gates.ramp=0", "gates.fixed=0")
 AFFINE = (
     *GRIDS,
     "adapter.activation_ranges=affine",
     "adapter.input_granularity=group",
     "gates.range_learning_rate=0.001",
-    "gates.warmup=0.7",
-    "gates.ramp=0",
-    "gates.fixed=0",
+    *LATE,
 )
 """What they get now: inputs are rounded in the weight's groups, with low ends, and not before 0.7 of the steps."""
 FINER = {"fine": FINE, "affine": AFFINE}
@@ -96,7 +95,9 @@ ABLATIONS = {
     "init-adalora": "adapter.init_weights=adalora",
     "calibration10": "adapter.calibration_passes=10",
 }
-"""The default recipe with one of its choices changed, on rows held out of training."""
+"""The default recipe with one of its choices changed, on rows held out of training (STS-B)."""
+MOMENTS = {"warmup0.7": LATE, "warmup0.7-fitted": (*LATE, "adapter.activation_ranges=fitted")}
+"""When widths are chosen, on rows of all main tasks that are held out."""
 PAPER = (
     "adapter.targets=[query,key,value]",
     "gates.lambda_q=1",
@@ -257,6 +258,19 @@ def ablations() -> list[Point]:
     ]
 
 
+def moments() -> list[Point]:
+    """The default recipe with widths that are chosen late, beside it and LoRA at their rates."""
+    rates = {"lora": LEARNING_RATE, "q-ra": OUR_RATE}
+    forms = {f"lora-development-lr{rates['lora']}": ("method=lora",)}
+    forms |= {f"q-ra-development-lr{rates['q-ra']}": _under_a_budget()}
+    forms |= {f"q-ra-development-{name}": _under_a_budget(*changes) for name, changes in MOMENTS.items()}
+    return [
+        _held_out(task, name, rates[name.split("-development")[0]], Kind.RECIPE, *changes)
+        for task in MAIN_TASKS
+        for name, changes in forms.items()
+    ]
+
+
 def _seeded() -> list[tuple[str, int]]:
     """(task, seed) of the claims: three seeds of the main tasks seed by seed, one of the others, more of CoLA."""
     main = [(t, s) for s in SEEDS for t in MAIN_TASKS]
@@ -292,7 +306,7 @@ def _all() -> list[Point]:
     points += [adalora(t, s) for s in SEEDS for t in CURVE_TASKS]
     points += [paper(t, FIRST_SEED) for t in CURVE_TASKS]
     points += [foreign(t, FIRST_SEED) for t in CURVE_TASKS]
-    points += ablations()
+    points += [*moments(), *ablations()]
     return list({point.name: point for point in points}.values())
 
 

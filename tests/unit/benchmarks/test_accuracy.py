@@ -93,13 +93,19 @@ def test_longer_points_differ_in_their_epochs_alone(study) -> None:
 
 def test_choices_are_made_on_rows_held_out_of_training(study) -> None:
     points = study.load("points")
-    chosen = [*points.rate_choices(), *points.ablations()]
+    chosen = [*points.rate_choices(), *points.ablations(), *points.moments()]
     assert all("task.evaluate_on=development" in point.changes for point in chosen)
     assert {point.name for point in points.POINTS if "development" in point.label} == {point.name for point in chosen}
     compared = points.Point("stsb", f"q-ra-development-lr{points.OUR_RATE}", 42)
     plain = next(point for point in chosen if point.name == compared.name)
     for point in points.ablations():
         assert len(set(point.changes) - set(plain.changes)) == 1
+    for task in points.MAIN_TASKS:
+        of_task = {point.label: set(point.changes) for point in points.moments() if point.task == task}
+        theirs, usual = (of_task[f"{side}-development-lr1e-3"] for side in ("lora", "q-ra"))
+        for name, changes in points.MOMENTS.items():
+            assert of_task[f"q-ra-development-{name}"] - usual == set(changes)
+            assert theirs - of_task[f"q-ra-development-{name}"] == {"method=lora"}
 
 
 def test_a_finished_point_and_one_without_its_source_do_not_start(study) -> None:
