@@ -246,3 +246,12 @@ def test_a_schedule_runs_through_all_phases(mlp, rows, adapt) -> None:
         schedule.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "advice"),
+    [("tensor", "granularity='channel', or"), ("group", "'channel' with input_granularity='tensor'")],
+)
+def test_groups_that_do_not_divide_a_row_say_what_to_set(mlp, adapt, inputs, advice) -> None:
+    with pytest.raises(ValueError, match=rf"'0': .* 5 .*choose another `group_size`, .*{advice}"):
+        adapt(mlp, target_modules=["0"], granularity="group", group_size=5, input_granularity=inputs, **MERGED)
