@@ -66,7 +66,7 @@ def peak(modules: str, variant: str, shape: tuple[int, int], rounds: int, change
     from sides import MODULES, MOMENTS, Side, batch_of, recipe
 
     side = Side(recipe(variant, (MODULES[modules], *changes)), batch_of(*shape))
-    for moment, completed in MOMENTS["q-ra"].items():
+    for moment, completed in MOMENTS["q-ra" if variant == "lora" else variant].items():
         side.enter(moment, completed)
         for _ in range(rounds):
             side.step()

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from rankbits.quant.quantizer import Quantizer
 from rankbits.recipes import methods, models
 from rankbits.recipes.load import load
 from rankbits.recipes.schema import Recipe
@@ -21,7 +22,7 @@ from rankbits.training.schedule import GateSchedule
 from rankbits.tuners.bayesian_lora import learning_adapters
 
 sys.path.append(str(Path(__file__).parent.parent / "accuracy"))
-from points import DEFAULT_PLACEMENT, FIRST_SEED, TARGETS, learned
+from points import AFFINE, DEFAULT_PLACEMENT, FIRST_SEED, TARGETS, learned
 
 POINT = learned("stsb", "q-ra", DEFAULT_PLACEMENT, 0.25, FIRST_SEED)
 """The point of the accuracy study whose settings are timed."""
@@ -29,12 +30,14 @@ MODULES = {"qkv": "adapter.targets=[query,key,value]", "all": f"adapter.targets=
 VARIANTS = {
     "lora": ("method=lora", "gates.budget=null"),
     "q-ra": (),
+    "affine": AFFINE,
     "descent": ("gates.allocation=descent",),
     "ra": ("adapter.learn_bits=false", "adapter.quantizers=null", "adapter.rounding=nearest", "gates.budget=rank=4"),
 }
 TOTAL_STEPS = 10_000
 MOMENTS = {
     "q-ra": {"standing": 500, "measuring": 1_500, "fixed": 9_000},
+    "affine": {"standing": 2_000, "measuring": 5_000, "fixed": 9_000},
     "descent": {"sampled": 6_000},
     "ra": {"sampled": 6_000},
 }
@@ -54,6 +57,11 @@ def batch_of(rows: int, length: int, vocabulary: int = 30_522) -> dict[str, Tens
     """Random rows of equal length, without padding."""
     ids = torch.randint(1_000, vocabulary, (rows, length))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.rand(rows)}
+
+
+def quantizers_of(model: PeftModel) -> list[Quantizer]:
+    """All that learn."""
+    return [module for module in model.modules() if isinstance(module, Quantizer)]
 
 
 class Side:
@@ -88,6 +96,11 @@ class Side:
                 for _, _, gates in learning_adapters(self.model):
                     if gates.bit_logits is not None:
                         gates.bit_logits.copy_(torch.tensor(FIXED_LOGITS).expand_as(gates.bit_logits))
+            for quantizer in quantizers_of(self.model):
+                if quantizer.lows is not None:
+                    # As wide as before, from a low end on: what a fit would leave, whatever it finds.
+                    ranges = quantizer.log_range.detach().exp()
+                    quantizer.settle(2 * ranges, -ranges)
         self.schedule.restore(completed_steps)
 
     def step(self) -> None:

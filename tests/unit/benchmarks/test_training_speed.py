@@ -24,12 +24,13 @@ def test_the_ratio_is_that_of_medians_and_the_quartiles_those_of_rounds(study):
 
 
 def test_a_broken_promise_is_named(study, capsys):
-    missed = []
     whole = {"standing": 1.5, "measuring": 3.0, "fixed": 1.05}
-    slow = {"seconds": {moment: {"lora": [1.0] * 5, "q-ra": [ratio] * 5} for moment, ratio in whole.items()}}
-    case = next(case for case in study.run.STEPS if case.label == "steps-qkv-q-ra-128")
-    study.run.step_rows(case, slow, missed)
-    assert missed == ["steps-qkv-q-ra-128 run: 1.290, at most 1.2 was promised"]
+    for variant, ratio in (("affine", "1.890"), ("q-ra", "1.290")):
+        missed = []
+        slow = {"seconds": {moment: {"lora": [1.0] * 5, variant: [ratio] * 5} for moment, ratio in whole.items()}}
+        case = next(case for case in study.run.STEPS if case.label == f"steps-qkv-{variant}-128")
+        study.run.step_rows(case, slow, missed)
+        assert missed == [f"steps-qkv-{variant}-128 run: {ratio}, at most 1.2 was promised"]
     case = next(case for case in study.run.STEPS if case.label == "steps-all-descent-128")
     study.run.step_rows(case, {"seconds": {"sampled": {"lora": [1.0] * 5, "descent": [1.31] * 5}}}, missed)
     assert missed[1:] == ["steps-all-descent-128 sampled: 1.310, at most 1.3 was promised"]
@@ -38,19 +39,20 @@ def test_a_broken_promise_is_named(study, capsys):
     study.run.kernel_rows({"seconds": {"2048 x 384": taken}}, missed)
     assert missed[2:] == ["quantizer on 2048 x 384: 10.0 times faster, at least 12.0 were promised"]
     study.run.peak_rows({"peak-all-lora": {"peak_bytes": 100}, "peak-all-q-ra": {"peak_bytes": 131}}, missed)
-    assert missed[3:] == ["peak memory, all: 1.310, at most 1.3 was promised"]
+    assert missed[3:] == ["peak memory, all, q-ra: 1.310, at most 1.3 was promised"]
     assert "| 1.310 | 1.310 to 1.310 | 1.3 |" in capsys.readouterr().out
 
 
 def test_phases_are_those_of_the_recipe_and_weighted_as_in_a_run(study):
-    gates = study.sides.recipe("q-ra").gates
-    assert (gates.warmup, gates.allocation) == (0.2, None)
-    assert sum(study.run.SHARES.values()) == pytest.approx(1.0)
-    assert study.run.SHARES["fixed"] == 1 - gates.warmup
-    assert study.run.SHARES.keys() == study.sides.MOMENTS["q-ra"].keys()
+    for variant, shares in study.run.SHARES.items():
+        gates = study.sides.recipe(variant).gates
+        assert gates.allocation is None
+        expected = {"standing": gates.warmup / 2, "measuring": gates.warmup / 2, "fixed": 1 - gates.warmup}
+        assert shares == pytest.approx(expected)
+        assert list(shares) == list(study.sides.MOMENTS[variant])
 
 
-@pytest.mark.parametrize("variant", ["q-ra", "descent", "ra"])
+@pytest.mark.parametrize("variant", ["q-ra", "affine", "descent", "ra"])
 def test_what_is_timed_is_the_phase_that_it_is_called_after(study, variant):
     model = nn.Sequential(nn.Linear(64, 64))
     adapter = {"learn_bits": False} if variant == "ra" else {"quantizers": ["weight"]}
@@ -66,7 +68,7 @@ def test_what_is_timed_is_the_phase_that_it_is_called_after(study, variant):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("variant", ["lora", "q-ra", "descent", "ra"])
+@pytest.mark.parametrize("variant", ["lora", "q-ra", "affine", "descent", "ra"])
 def test_every_variant_can_make_a_step(study, variant):
     sides = study.sides
     side = sides.Side(sides.recipe(variant, (sides.MODULES["qkv"],)), sides.batch_of(2, 8))
@@ -100,3 +102,14 @@ def test_both_sides_adapt_the_same_modules_with_the_same_rank(study, modules):
     assert ours.gates == studied.gates
     changed = {"calibration_passes", "targets"}
     assert ours.adapter.model_dump(exclude=changed) == studied.adapter.model_dump(exclude=changed)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_affine_inputs_are_timed_with_low_ends(study):
+    sides = study.sides
+    side = sides.Side(sides.recipe("affine", (sides.MODULES["qkv"],)), sides.batch_of(2, 8))
+    side.step()
+    side.enter("fixed", sides.MOMENTS["affine"]["fixed"])
+    lows = [quantizer.lows for quantizer in sides.quantizers_of(side.model) if quantizer.lows is not None]
+    assert lows
+    assert all(bool((low < 0).all()) for low in lows)
