@@ -94,6 +94,14 @@ def rounded(name: str) -> dict[str, dict[str, Any]]:
     return {entry["scheme"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))["schemes"]}
 
 
+def before_rounding(name: str) -> float | None:
+    """The score of the LoRA model that such a point rounds; training it anew elsewhere may give another one."""
+    path = result_file(name)
+    if not path.is_file():
+        return None
+    return float(next(iter(json.loads(path.read_text(encoding="utf-8"))["unrounded"].values())))
+
+
 @dataclass(frozen=True)
 class Sample:
     """Numbers of several seeds."""

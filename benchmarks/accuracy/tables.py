@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from outcomes import Outcome, Sample, interval, outcome, rounded, spread
+from outcomes import Outcome, Sample, before_rounding, interval, outcome, rounded, spread
 from points import (
     BUDGETS,
     CLAIMED,
@@ -260,10 +260,11 @@ def won_back() -> list[str]:
     for task in (*MAIN_TASKS, *ONE_SEED_TASKS):
         for name, grid, budget, ours in kinds:
             lost = [
-                (other.score - best, other.score - mine.score)
+                (whole - best, other.score - mine.score)
                 for seed in SEEDS
                 if (mine := outcome(ours(task, seed).name))
                 and (other := outcome(lora(task, seed).name))
+                and (whole := before_rounding(rounded_point(task, seed).name)) is not None
                 and (best := _best_rounded(task, budget, seed, grid)) is not None
             ]
             if lost:
