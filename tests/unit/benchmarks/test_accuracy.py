@@ -513,7 +513,7 @@ def test_what_is_won_back_is_the_share_of_what_rounding_loses(study, monkeypatch
                 ("w3a8-group64-mse", 70.0),
                 ("w3a8-group8-scale8-mse-full", 83.0),
             )
-        ]
+        ],
     }
     path = study.results / f"{points.rounded('stsb', 42).name}.json"
     path.write_text(json.dumps(entries), encoding="utf-8")
