@@ -96,8 +96,9 @@ ABLATIONS = {
     "calibration10": "adapter.calibration_passes=10",
 }
 """The default recipe with one of its choices changed, on rows held out of training (STS-B)."""
-MOMENTS = {"warmup0.7": LATE, "warmup0.7-fitted": (*LATE, "adapter.activation_ranges=fitted")}
-"""When widths are chosen, on rows of all main tasks that are held out."""
+MOMENTS = {"warmup0.7": LATE, "affine16": (*AFFINE, "adapter.group_size=16")}
+"""Widths chosen late, alone and with affine inputs, in groups that leave the bytes as they are; on rows of all main
+tasks that are held out."""
 PAPER = (
     "adapter.targets=[query,key,value]",
     "gates.lambda_q=1",
