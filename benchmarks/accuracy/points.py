@@ -78,7 +78,9 @@ AFFINE = (
     *LATE,
 )
 """What they get now: inputs are rounded in the weight's groups, with low ends, and not before 0.7 of the steps."""
-FINER = {"fine": FINE, "affine": AFFINE}
+AFFINE16 = (*AFFINE, "adapter.group_size=16")
+"""The same where bytes are as scarce as in groups of 64 with a float each: what the other budgets get."""
+FINER = {"fine": FINE, "affine": AFFINE, "affine16": AFFINE16}
 SITES = {"merged": "[weight,input]", "separate": "[weight,down,diagonal,up,input]"}
 """Q_out is left out: the next layer's input quantizer rounds what this one writes."""
 ABLATIONS = {
@@ -96,7 +98,7 @@ ABLATIONS = {
     "calibration10": "adapter.calibration_passes=10",
 }
 """The default recipe with one of its choices changed, on rows held out of training (STS-B)."""
-MOMENTS = {"warmup0.7": LATE, "affine16": (*AFFINE, "adapter.group_size=16")}
+MOMENTS = {"warmup0.7": LATE, "affine16": AFFINE16}
 """Widths chosen late, alone and with affine inputs, in groups that leave the bytes as they are; on rows of all main
 tasks that are held out."""
 PAPER = (
@@ -281,6 +283,7 @@ def _seeded() -> list[tuple[str, int]]:
 def _all() -> list[Point]:
     seeded = _seeded()
     points = [*rate_choices(), *(lora(t, s) for t, s in seeded), *(rounded(t, s) for t, s in seeded)]
+    points += [finer(learned(t, "q-ra", DEFAULT_PLACEMENT, b, s), "affine16") for b in CLAIMED[::-1] for t, s in seeded]
     points += [learned(t, "q-ra", DEFAULT_PLACEMENT, b, s) for b in CLAIMED for t, s in seeded]
     points += [
         learned(t, v, p, b, FIRST_SEED)
