@@ -187,6 +187,12 @@ def finer(point: Point, grids: str = "affine") -> Point:
     return replace(point, label=f"{point.label}-{grids}", changes=(*point.changes, *FINER[grids]))
 
 
+def affine(task: str, budget: float, seed: int) -> Point:
+    """What we recommend at a budget: learned widths and ranks with affine inputs, in groups that its bytes allow."""
+    grids = "affine" if budget < NARROW else "affine16"
+    return finer(learned(task, "q-ra", DEFAULT_PLACEMENT, budget, seed), grids)
+
+
 def longer(point: Point) -> Point:
     """The same with `LONGER` epochs."""
     changes = (*point.changes, f"training.epochs={LONGER}")
@@ -283,7 +289,7 @@ def _seeded() -> list[tuple[str, int]]:
 def _all() -> list[Point]:
     seeded = _seeded()
     points = [*rate_choices(), *(lora(t, s) for t, s in seeded), *(rounded(t, s) for t, s in seeded)]
-    points += [finer(learned(t, "q-ra", DEFAULT_PLACEMENT, b, s), "affine16") for b in CLAIMED[::-1] for t, s in seeded]
+    points += [affine(t, b, s) for b in CLAIMED[::-1] for t, s in seeded]
     points += [learned(t, "q-ra", DEFAULT_PLACEMENT, b, s) for b in CLAIMED for t, s in seeded]
     points += [
         learned(t, v, p, b, FIRST_SEED)
@@ -294,9 +300,7 @@ def _all() -> list[Point]:
     ]
     points += [uniform(t, w, "group", s) for w in ((4, 8), (2, 8)) for s in SEEDS for t in CURVE_TASKS]
     points += [learned(t, "q-ra", DEFAULT_PLACEMENT, b, s) for b in (MIXED, TIGHT) for s in SEEDS for t in CURVE_TASKS]
-    points += [
-        finer(learned(t, "q-ra", DEFAULT_PLACEMENT, b, s)) for b in (MIXED, TIGHT) for s in SEEDS for t in CURVE_TASKS
-    ]
+    points += [affine(t, b, s) for b in (MIXED, TIGHT) for s in SEEDS for t in CURVE_TASKS]
     points += [finer(learned(t, "q-ra", DEFAULT_PLACEMENT, MIXED, s), "fine") for s in SEEDS for t in CURVE_TASKS]
     points += [finer(uniform(t, w, "group", s)) for w in ((2, 8), (4, 4)) for s in SEEDS for t in CURVE_TASKS]
     points += [permuted(t, TIGHT, s, finely=True) for s in SEEDS for t in CURVE_TASKS]

@@ -24,6 +24,7 @@ from points import (
     VARIANTS,
     Point,
     adalora,
+    affine,
     finer,
     foreign,
     learned,
@@ -112,9 +113,14 @@ def _ours(budget: float, variant: str = "q-ra", placement: str = DEFAULT_PLACEME
     return lambda task, seed: learned(task, variant, placement, budget, seed)
 
 
+def _affine(budget: float) -> Make:
+    return lambda task, seed: affine(task, budget, seed)
+
+
 def claims() -> list[str]:
     """Per budget and task: both scores, their paired difference, costs; then the verdict on what is claimed."""
     head = [
+        "grids",
         "budget",
         "task",
         "LoRA",
@@ -129,20 +135,21 @@ def claims() -> list[str]:
     ]
     rows: list[list[str]] = []
     verdicts = []
-    for budget in BUDGETS:
-        means = []
-        for task in (*MAIN_TASKS, *ONE_SEED_TASKS):
-            found = pairs(task, _ours(budget), lora)
-            difference = differences(task, _ours(budget), lora)
-            if difference is None:
-                continue
-            means.append(difference.mean)
-            mine = [one for one, _ in found]
-            scores = [spread(Sample([o.score for o in side])) for side in ([other for _, other in found], mine)]
-            costs = [_percent(getattr(o, field) for o in mine) for field in ("bops", "weight_bytes", "whole")]
-            rows.append([f"bops={budget:g}", task, *scores, interval(difference), *costs, *_learned(mine)])
-        if means and budget in CLAIMED:
-            verdicts.append(_verdict(budget, means))
+    for grids, at in (("affine", _affine), ("groups of 64", _ours)):
+        for budget in BUDGETS:
+            means = []
+            for task in (*MAIN_TASKS, *ONE_SEED_TASKS):
+                found = pairs(task, at(budget), lora)
+                difference = differences(task, at(budget), lora)
+                if difference is None:
+                    continue
+                means.append(difference.mean)
+                mine = [one for one, _ in found]
+                scores = [spread(Sample([o.score for o in side])) for side in ([other for _, other in found], mine)]
+                costs = [_percent(getattr(o, field) for o in mine) for field in ("bops", "weight_bytes", "whole")]
+                rows.append([grids, f"bops={budget:g}", task, *scores, interval(difference), *costs, *_learned(mine)])
+            if means and budget in CLAIMED:
+                verdicts.append(f"- {grids}, {_verdict(budget, means, at(budget))}")
     return [*_table(head, rows), "", *verdicts]
 
 
@@ -154,13 +161,13 @@ def _learned(outcomes: Sequence[Outcome]) -> list[str]:
     return [mean(o.weight_bits for o in outcomes), mean(o.input_bits for o in outcomes), mean(o.rank for o in outcomes)]
 
 
-def _verdict(budget: float, means: Sequence[float]) -> str:
+def _verdict(budget: float, means: Sequence[float], ours: Make) -> str:
     tasks = len(MAIN_TASKS) + len(ONE_SEED_TASKS)
     mean, allowed = Sample(means).mean, ALLOWED_LOSS[budget]
-    sizes = [o.weight_bytes for p in POINTS if p.label == _ours(budget)("stsb", 0).label and (o := outcome(p.name))]
+    sizes = [o.weight_bytes for p in POINTS if p.label == ours("stsb", 0).label and (o := outcome(p.name))]
     met = mean >= -allowed and max(sizes, default=0.0) <= ALLOWED_BYTES.get(budget, 1.0)
     word = ("met" if met else "not met") if len(means) == tasks else f"{len(means)} of {tasks} tasks so far"
-    return f"- bops={budget:g}: mean over tasks {mean:+.2f} points, allowed {-allowed:+.1f}: {word}."
+    return f"bops={budget:g}: mean over tasks {mean:+.2f} points, allowed {-allowed:+.1f}: {word}."
 
 
 def _finer(make: Make, grids: str = "affine") -> Make:
@@ -208,11 +215,13 @@ def longer_runs() -> list[str]:
 def curve() -> list[str]:
     """Score at each budget of all variants and placements, beside rounding and fixed gates of equal cost."""
     kinds = [(variant, placement) for placement in PLACEMENTS for variant in VARIANTS]
-    head = ["task", "% of 32-bit", *(f"{v} {p}" for v, p in kinds), "uniform", "rounded, groups of 64", "LoRA"]
+    head = ["task", "% of 32-bit", *(f"{v} {p}" for v, p in kinds)]
+    head += ["q-ra merged, affine", "uniform", "rounded, groups of 64", "LoRA"]
     rows = []
     for task in CURVE_TASKS:
         for budget in BUDGETS:
             mine = [_score(_ours(budget, v, p)(task, FIRST_SEED)) for v, p in kinds]
+            mine.append(_score(affine(task, budget, FIRST_SEED)))
             fixed = _score(uniform(task, UNIFORM[budget], "group", FIRST_SEED)) if budget in UNIFORM else NONE
             cells = [fixed, _rounded(task, budget), _score(lora(task, FIRST_SEED))]
             rows.append([task, f"{100 * budget / REFERENCE_RATIO:.2f}", *mine, *cells])
@@ -255,7 +264,8 @@ def rounding() -> list[str]:
 def won_back() -> list[str]:
     """At each budget with rounding of equal cost: what LoRA loses by it, and what q + ra loses."""
     kinds = [("groups of 64", "group64", budget, _ours(budget)) for budget in SAME_COST]
-    kinds += [("affine", "group8-scale8", budget, _finer(_ours(budget))) for budget in (MIXED, TIGHT)]
+    kinds += [("affine", "group64", budget, _affine(budget)) for budget in CLAIMED]
+    kinds += [("affine", "group8-scale8", budget, _affine(budget)) for budget in (MIXED, TIGHT)]
     rows = []
     for task in (*MAIN_TASKS, *ONE_SEED_TASKS):
         for name, grid, budget, ours in kinds:
@@ -292,7 +302,7 @@ def allocations() -> list[str]:
     others += [(_width_name(widths), _ours(budget), _fixed(widths)) for budget, widths in UNIFORM.items()]
     finely = [("permuted", _permuted(finely=True))]
     finely += [(_width_name(widths), _finer(_fixed(widths))) for widths in (UNIFORM[TIGHT], ALSO_UNIFORM)]
-    others += [(f"{name}, affine", _finer(_ours(TIGHT)), theirs) for name, theirs in finely]
+    others += [(f"{name}, affine", _affine(TIGHT), theirs) for name, theirs in finely]
     rows = []
     for task in CURVE_TASKS:
         for label, ours, theirs in others:

@@ -428,6 +428,7 @@ def test_the_report_pairs_seeds_and_judges_the_claim(study, monkeypatch: pytest.
         scores[points.lora(task, seed).name] = 80.0 + seed
         scores[points.learned(task, "q-ra", "merged", 0.25, seed).name] = 79.8 + seed
         scores[points.learned(task, "q-ra", "merged", 0.125, seed).name] = 79.0 + seed
+        scores[points.affine(task, 0.125, seed).name] = 79.5 + seed
 
     def outcome(name):
         score = scores.get(name)
@@ -436,8 +437,12 @@ def test_the_report_pairs_seeds_and_judges_the_claim(study, monkeypatch: pytest.
     monkeypatch.setattr(tables, "outcome", outcome)
     text = "\n".join(tables.claims())
     assert "| bops=0.25 | stsb | 123.00 ± 1.00 | 122.80 ± 1.00 | -0.20 [-0.20, -0.20] | 6.00 | 14.00 |" in text
-    assert "- bops=0.25: mean over tasks -0.20 points, allowed -0.3: met." in text
-    assert "- bops=0.125: mean over tasks -1.00 points, allowed -0.7: not met." in text
+    assert "- groups of 64, bops=0.25: mean over tasks -0.20 points, allowed -0.3: met." in text
+    assert "- groups of 64, bops=0.125: mean over tasks -1.00 points, allowed -0.7: not met." in text
+    assert "- affine, bops=0.125: mean over tasks -0.50 points, allowed -0.7: met." in text
+    assert "- affine, bops=0.25" not in text
+    assert points.affine("stsb", 0.125, 42).name.endswith("bops0.125-affine16-seed42")
+    assert points.affine("stsb", 0.0625, 42).name.endswith("bops0.0625-affine-seed42")
 
 
 def test_more_epochs_stand_beside_the_usual_ones(study, monkeypatch: pytest.MonkeyPatch) -> None:
