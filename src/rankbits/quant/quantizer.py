@@ -58,8 +58,7 @@ class Quantizer(Float32State):
             so does `AFFINE` until ranges with low ends of their own are fitted (`settle`).
         headroom: the calibrated range is this factor times the recorded maximum.
         layout: which elements share a range.
-        shape: where ranges are finer than the tensor or codes may be offset, shape of the weight, or (in,) of what a
-            layer reads.
+        shape: of the weight, or (in,) of what a layer reads, where ranges are finer than the tensor or codes offset.
         compensated: whether codes of a weight can be offset from the nearest ones (`compensate`).
         full: whether a grid at a single width has all codes of it; `fit` then chooses each range's side of zero.
     """
@@ -105,8 +104,7 @@ class Quantizer(Float32State):
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
         self.register_buffer("offsets", torch.zeros(shape, dtype=torch.int8) if compensated else None)
         self.register_buffer("sides", torch.ones(ranges, dtype=torch.int8) if full else None)
-        affine = signedness is Signedness.AFFINE
-        self.register_buffer("lows", torch.zeros(ranges, dtype=torch.float32) if affine else None)
+        self.register_buffer("lows", torch.zeros(ranges) if signedness is Signedness.AFFINE else None)
         self._known: tuple[bool, bool] | None = None
         self._warned = False
 
@@ -372,8 +370,10 @@ class Quantizer(Float32State):
         if cover:
             # Not before: a pass in which calibration ends is recomputed with the range that it has then.
             self.cover(x)
-        if hard or not rounds:
-            return self.rounded(x, gates) if rounds else x
+        if not rounds:
+            return x
+        if hard:
+            return self.rounded(x, gates)
         parts, low = self.layout.parts(x), self.low_
         if low is None:
             return kernels.quantize(parts, self.range_, gates, signed=self.is_signed).reshape(x.shape)

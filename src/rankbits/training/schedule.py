@@ -201,15 +201,12 @@ class GateSchedule:
                 "give it the number of optimizer steps, not of micro-batches or epochs"
             )
         self.completed_steps += 1
-        phase = self.phase()
-        # While gates stand and are not measured, passes that round nothing widen ranges themselves.
-        covers = self.completed_steps <= self.warmup_steps and (phase.measures or not phase.stands)
         for layer, name, gates in self._adapters():
             if self.completed_steps == 1 and self.fixed_from > 0:
                 # Not in the constructor: a run that is resumed there has loaded what it fitted.
                 layer.forget_rounding(name)
             gates.clamp(*self.GATE_BOUNDS)
-            if covers:
+            if self.completed_steps <= self.warmup_steps:
                 layer.cover_weights(name)
             if self.completed_steps == self.calibrated_at:
                 # From here on gates are judged: a quantizer that still only records could not defend its bits.

@@ -5,8 +5,11 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertForSequenceClassification
 
 from rankbits import BayesianLoraConfig, GateSchedule
+from rankbits.quant.quantizer import Quantizer
 from rankbits.tuners.bayesian_lora import learning_adapters
 from rankbits.tuners.bayesian_lora.config import PAPER_SITES
 
@@ -142,15 +145,100 @@ def test_evaluation_rounds_by_the_gates_of_inference(monkeypatch) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputed_passes_repeat_the_one_in_which_calibration_ends(reentrant) -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    torch.manual_seed(0)
     config = BayesianLoraConfig(
         r=2, target_modules=["0"], placement="merged", quantizers=["weight", "input"], calibration_passes=1
     )
-    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).train()
-    GateSchedule(model, 20, budget="bits=6", phases=(0.4, 0.0, 0.0))
-    for _ in range(3):
-        x = torch.randn(4, 8, requires_grad=True)
-        checkpoint(model, x, use_reentrant=reentrant).sum().backward()
-        assert x.grad is not None
+    found = {}
+    for recomputes in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).train()
+        GateSchedule(model, 20, budget="bits=6", phases=(0.4, 0.0, 0.0))
+        gradients = []
+        for _ in range(3):
+            x = torch.randn(4, 8, requires_grad=True)
+            out = checkpoint(model, x, use_reentrant=reentrant) if recomputes else model(x)
+            out.square().sum().backward()
+            gradients += [x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        found[recomputes] = (gradients, [int(q.passes) for q in _quantizers(model)])
+    assert found[True][1] == found[False][1]
+    torch.testing.assert_close(found[True][0], found[False][0])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"share_inputs": False},
+        {"tie_groups": "fused"},
+        {"quantize_attention": True},
+        {"quantize_head": True},
+        {"granularity": "group", "group_size": 4, "input_granularity": "group", "activation_ranges": "affine"},
+    ],
+    ids=str,
+)
+def test_whatever_is_shared_or_attended_is_covered_and_not_rounded(settings, monkeypatch) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=16, hidden_dropout_prob=0.0))
+    config = BayesianLoraConfig(
+        r=2,
+        target_modules=r".*layer.*(query|key|value|dense)",
+        modules_to_save=["classifier"],
+        placement="merged",
+        quantizers=["weight", "input"],
+        calibration_passes=1,
+        **settings,
+    )
+    model = get_peft_model(base, config).train()
+    schedule = GateSchedule(model, 20, budget="bits=6", phases=(0.4, 0.0, 0.0))
+    ids = torch.arange(12).reshape(2, 6)
+    for _ in range(2):
+        model(ids)
+    schedule.step()
+    quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
+    assert all(q.is_calibrated for q in quantizers)
+    with torch.no_grad():
+        for q in quantizers:
+            q.log_range.fill_(-20.0)
+    monkeypatch.setattr("rankbits.quant.kernels.quantize", lambda *_, **__: pytest.fail("a tensor was rounded"))
+    model(ids)
+    assert all(bool((q.log_range > -20.0).all()) for q in quantizers)
+
+
+@pytest.mark.parametrize("phases", [(0.4, 0.0, 0.0), (1.0, 0.0, 0.0)])
+@pytest.mark.parametrize("placement", ["merged", "separate"])
+def test_ranges_cover_the_weights_after_every_step(placement, phases) -> None:
+    torch.manual_seed(0)
+    chosen = {"r": 2, "calibration_passes": 1, "quantizers": SITES[placement], "placement": placement}
+    grid = {"granularity": "group", "group_size": 4}
+    model = get_peft_model(TwoReaders(), BayesianLoraConfig(target_modules=["first", "second"], **chosen, **grid))
+    budget = None if phases[0] == 1.0 else "bits=6"
+    schedule = GateSchedule(model.train(), 5, budget=budget, phases=phases, lambda_q=None, lambda_r=None)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(5 if budget is None else 1):
+        (model(torch.randn(4, 8)) - 1.0).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    for layer, name, _ in learning_adapters(model):
+        for quantizer, weight in layer._weight_quantizers(name):
+            parts = quantizer.layout.parts(weight.detach())
+            assert (parts.abs() <= quantizer.range_.abs() * (1 + 1e-6)).all()
+
+
+def test_a_second_run_that_is_resumed_rounds_by_the_gates_it_loads() -> None:
+    model, schedule = _standing()
+    schedule.restore(8)
+    with torch.no_grad():
+        for _, _, gates in learning_adapters(model):
+            gates.bit_logits.fill_(-8.0)
+    again = GateSchedule(model, 20, budget="bits=6", phases=(0.4, 0.0, 0.0))
+    resumed, _ = _standing()
+    schedule = GateSchedule(resumed, 20, budget="bits=6", phases=(0.4, 0.0, 0.0))
+    x = torch.randn(16, 8)
+    resumed(x)
+    resumed.load_state_dict(model.state_dict())
+    schedule.load_state_dict(again.state_dict())
+    assert schedule.phase().stands
+    torch.testing.assert_close(resumed(x), model(x))

@@ -21,7 +21,7 @@ from rankbits.quant.quantizer import Quantizer
 from rankbits.tuners.bayesian_lora.adapters import GatePhase
 from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig, RankGate, Site
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
-from rankbits.tuners.bayesian_lora.start import fixed_quantizers, learning_quantizer
+from rankbits.tuners.bayesian_lora.start import fixed_quantizers, learning_quantizer, without_groups
 
 HEAD_SITES = (Site.WEIGHT, Site.INPUT)
 """The tensors of a head's linear layer that have a quantizer, in the order of `Site`."""
@@ -268,9 +268,7 @@ def check_heads(model: nn.Module, config: BayesianLoraConfig) -> None:
         try:
             config.range_layout.range_shape((linear.out_features, linear.in_features))
         except ValueError as reason:
-            raise ValueError(
-                f"`quantize_head`=True: {key!r}: {reason}; choose another `group_size`, or granularity='channel'"
-            ) from reason
+            raise ValueError(f"`quantize_head`=True: {key!r}: {reason}; {without_groups(config)}") from reason
         if config.hardened and key not in (config.hardened_bits or {}):
             raise ValueError(
                 f"this adapter was hardened for the layers {sorted(config.hardened_bits or {})}, not for the head "

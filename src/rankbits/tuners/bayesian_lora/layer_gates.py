@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class LayerGates(Float32State):
         self.rank_gate = rank_gate
         self.sampled_share = sampled_share
         self.stands = self.measures = False
-        self._rounds = True
+        self._rounds: bool | None = None
         widths = (sites, len(GATED_WIDTHS))
         self.bit_logits = nn.Parameter(torch.full(widths, initial_bit_logit)) if sites else None
         self.rank_logits = nn.Parameter(torch.full((rank - 1,), initial_rank_logit)) if rank is not None else None
@@ -90,17 +91,27 @@ class LayerGates(Float32State):
         """Enter a phase of training."""
         if (stands, measures) != (self.stands, self.measures):
             self.stands, self.measures = stands, measures
-            # Read from the device now, and not in each pass.
-            self._rounds = not stands or measures or not self._all_open()
+            self._rounds = None
 
-    def _all_open(self) -> bool:
-        return self.bit_logits is None or bool(hard_concrete.is_open(self.bit_logits).all())
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._rounds = None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether there is anything to round: not while all gates stand open and are not measured."""
+        if self._rounds is None:
+            # Read from the device once and after each change, not in each pass.
+            is_open = self.bit_logits is None or bool(hard_concrete.is_open(self.bit_logits).all())
+            self._rounds = not self.stands or self.measures or not is_open
+        return self._rounds
 
     def put_on_grid(self, quantizer: Quantizer, x: Tensor, widths: Tensor, *, hard: bool) -> Tensor:
         """Round a tensor by width gates of this layer, and by ranges that cover it while gates stand.
 
         What is measured is the cost of closing gates, so nothing may be clipped while the model still moves. Before
-        that, rounding to 32 bits would take time and change nothing: where gates stand open, it is left out.
+        that, rounding to 32 bits would take time and change nothing within a range: where gates stand open, it is left
+        out.
 
         Args:
             quantizer: of the tensor.
@@ -109,7 +120,7 @@ class LayerGates(Float32State):
             hard: whether they are those of inference.
         """
         stands = self.stands and not hard
-        result: Tensor = quantizer(x, widths, hard=hard, cover=stands, rounds=self._rounds or not stands)
+        result: Tensor = quantizer(x, widths, hard=hard, cover=stands, rounds=not stands or self.rounds)
         return result
 
     def values(self, *, hard: bool) -> GateValues:

@@ -73,13 +73,17 @@ def learning_quantizer(
             full=config.uses_all_codes and site is Site.WEIGHT,
         )
     except ValueError as reason:
-        inputs = " with input_granularity='tensor'" if config.input_granularity == "group" else ""
         raise ValueError(
-            f"{key!r}: {reason}; choose another `group_size`, granularity='channel'{inputs}, or leave the layer out "
-            "with exclude_modules"
+            f"{key!r}: {reason}; {without_groups(config)}, or leave the layer out with exclude_modules"
         ) from reason
     quantizer.fits_passes = config.fits_activations and site in ACTIVATION_SITES
     return quantizer
+
+
+def without_groups(config: BayesianLoraConfig) -> str:
+    """What to set where groups do not divide a row."""
+    inputs = " with input_granularity='tensor'" if config.input_granularity == "group" else ""
+    return f"choose another `group_size`, or granularity='channel'{inputs}"
 
 
 def _signedness(site: Site, config: BayesianLoraConfig) -> Signedness:

@@ -457,6 +457,10 @@ def test_what_cannot_be_quantized_is_refused_before_anything_changes() -> None:
     for settings, message in (
         ({}, "`quantize_head`=True, but no linear layer of Sequential is trained in full"),
         ({"modules_to_save": ["1"], "granularity": "group", "group_size": 3}, "'1': .*choose another `group_size`"),
+        (
+            {"modules_to_save": ["1"], "granularity": "group", "group_size": 3, "input_granularity": "group"},
+            "'1': .*or granularity='channel' with input_granularity='tensor'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             get_peft_model(base, BayesianLoraConfig(r=2, target_modules=["0"], quantize_head=True, **settings))

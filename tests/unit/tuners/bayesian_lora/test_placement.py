@@ -250,7 +250,7 @@ def test_a_schedule_runs_through_all_phases(mlp, rows, adapt) -> None:
 
 @pytest.mark.parametrize(
     ("inputs", "advice"),
-    [("tensor", "granularity='channel', or"), ("group", "'channel' with input_granularity='tensor'")],
+    [("tensor", "or granularity='channel', or"), ("group", "'channel' with input_granularity='tensor'")],
 )
 def test_groups_that_do_not_divide_a_row_say_what_to_set(mlp, adapt, inputs, advice) -> None:
     with pytest.raises(ValueError, match=rf"'0': .* 5 .*choose another `group_size`, .*{advice}"):
