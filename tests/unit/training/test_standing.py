@@ -146,20 +146,21 @@ def test_evaluation_rounds_by_the_gates_of_inference(monkeypatch) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputed_passes_repeat_the_one_in_which_calibration_ends(reentrant) -> None:
     config = BayesianLoraConfig(
-        r=2, target_modules=["0"], placement="merged", quantizers=["weight", "input"], calibration_passes=1
+        r=2, target_modules=["0"], placement="merged", quantizers=["weight", "input"], calibration_passes=2
     )
     found = {}
     for recomputes in (False, True):
         torch.manual_seed(0)
         model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).train()
         GateSchedule(model, 20, budget="bits=6", phases=(0.4, 0.0, 0.0))
-        gradients = []
-        for _ in range(3):
+        gradients, passes = [], []
+        for _ in range(4):
             x = torch.randn(4, 8, requires_grad=True)
             out = checkpoint(model, x, use_reentrant=reentrant) if recomputes else model(x)
             out.square().sum().backward()
             gradients += [x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-        found[recomputes] = (gradients, [int(q.passes) for q in _quantizers(model)])
+            passes += [int(q.passes) for q in _quantizers(model)]
+        found[recomputes] = (gradients, passes)
     assert found[True][1] == found[False][1]
     torch.testing.assert_close(found[True][0], found[False][0])
 
