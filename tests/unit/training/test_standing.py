@@ -44,6 +44,17 @@ def _standing(placement: str = "merged", **settings: object) -> tuple[PeftModel,
     return model, schedule
 
 
+def _closed() -> tuple[PeftModel, GateSchedule]:
+    """A model whose gates were closed before, at the start of another schedule."""
+    model, schedule = _standing()
+    schedule.restore(8)
+    with torch.no_grad():
+        for _, _, gates in learning_adapters(model):
+            gates.bit_logits.fill_(-8.0)
+    again = GateSchedule(model, 20, budget="bits=6", phases=(0.4, 0.0, 0.0))
+    return model, again
+
+
 def _quantizers(model: PeftModel) -> list[nn.Module]:
     return [q for layer, name, _ in learning_adapters(model) for q in layer.quantizers_of(name).values()]
 
@@ -123,12 +134,7 @@ def test_measuring_and_fixed_passes_round() -> None:
 
 
 def test_gates_that_were_closed_before_still_round() -> None:
-    model, schedule = _standing()
-    schedule.restore(8)
-    with torch.no_grad():
-        for _, _, gates in learning_adapters(model):
-            gates.bit_logits.fill_(-8.0)
-    again = GateSchedule(model, 20, budget="bits=6", phases=(0.4, 0.0, 0.0))
+    model, again = _closed()
     assert again.phase().stands
     x = torch.randn(16, 8)
     assert (model(x).double() - _unrounded(model, x)).abs().max() > 0.1
@@ -229,12 +235,7 @@ def test_ranges_cover_the_weights_after_every_step(placement, phases) -> None:
 
 
 def test_a_second_run_that_is_resumed_rounds_by_the_gates_it_loads() -> None:
-    model, schedule = _standing()
-    schedule.restore(8)
-    with torch.no_grad():
-        for _, _, gates in learning_adapters(model):
-            gates.bit_logits.fill_(-8.0)
-    again = GateSchedule(model, 20, budget="bits=6", phases=(0.4, 0.0, 0.0))
+    model, again = _closed()
     resumed, _ = _standing()
     schedule = GateSchedule(resumed, 20, budget="bits=6", phases=(0.4, 0.0, 0.0))
     x = torch.randn(16, 8)
