@@ -31,7 +31,7 @@ FROZEN = {
     ("glue/minilm-budget/mrpc",): "01cfd8e38947301db464d1c5772b8637775b52073d8b9971d5f19dc827c998e1",
     ("e2e_nlg-smollm2",): "b1d8915d95eec983d6f1f10ca3dadad79ee3bc0cbd850a914a8d8d7531e3c2cd",
 }
-"""Hashes of recipes without settings of single methods: they move with keys that all recipes have, and only then."""
+"""Hashes of recipes without settings of single methods: they move with keys that all have, and with what they say."""
 
 
 def _model() -> BertForSequenceClassification:
