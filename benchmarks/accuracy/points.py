@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 
 TARGETS = r".*encoder\.layer\..*(query|key|value|dense)"
@@ -19,22 +20,23 @@ MAIN_TASKS = ("stsb", "mrpc", "sst2")
 CURVE_TASKS = ("stsb", "mrpc")
 ONE_SEED_TASKS = ("cola", "rte")
 SCATTERED = "cola"
-"""Its first seed lost five points where the others lost none; it gets the other seeds, too, to see what that says."""
+"""Its first seed lost five points in groups of 64; it gets the other seeds, too, to see what that says."""
 BUDGETS = (0.5, 0.25, 0.1875, 0.125, 0.09375, 0.0625)
 """Bit operations of the adapted layers as a share of their 16-bit reference; a quarter of it is of the 32-bit one."""
 CLAIMED = (0.25, 0.125)
 MIXED = 0.09375
-"""Here 2-bit and 4-bit weights mix, and two points may be lost; with `RECIPE` alone MRPC loses more."""
-LONGER = 6
-"""Epochs after which MRPC is compared at that budget once more, to see whether it is only late there."""
+"""Here 2-bit and 4-bit weights mix, and two points may be lost."""
 TIGHT = 0.0625
 """What 2-bit weights and 8-bit inputs everywhere would cost: here it shows whether it matters which layer gets what."""
 NARROW, BYTES = 0.125, 0.3
-"""From this budget on the weights may also take no more bytes than that share of their 16-bit ones."""
+"""Up to this budget the weights may also take no more bytes than that share of their 16-bit ones."""
+REFERENCE_BITS = 16
+"""Of what budgets are shares of."""
+EQUAL_WIDTHS = {0.25: ((8, 8),), 0.125: ((4, 8),), 0.0625: ((2, 8), (4, 4))}
+"""Bits of all weights and of all inputs that cost exactly a budget."""
 VARIANTS = ("q", "q-ra")
 PLACEMENTS = ("separate", "merged")
 DEFAULT_PLACEMENT = "merged"
-GROUP_SIZE = 64
 
 LEARNING_RATES = ("5e-4", "1e-3", "2e-3")
 LEARNING_RATE = "1e-3"
@@ -55,52 +57,35 @@ WORK = (
     "training.warmup_ratio=0.06",
     "training.scheduler=linear",
 )
+GROUP_SIZES = {"affine16": 16, "affine": 8}
+"""Weights that share a scale, and inputs that share a range and a low end, by the name that points bear."""
 RECIPE = (
     "adapter.rounding=compensated",
     "adapter.weight_gradient_rows=256",
-    "gates.warmup=0.2",
-    "gates.range_learning_rate=0.01",
-)
-"""What our points share beside sites and budget: widths are chosen after a fifth of the steps."""
-GRIDS = ("adapter.group_size=8", "adapter.scale_bits=8", "adapter.code_range=full")
-FINE = (*GRIDS, "adapter.activation_ranges=fitted")
-"""What budgets below `NARROW` got at first: a byte of scale for 8 weights, all codes, and inputs fitted to their width.
-
-Two and four bits round with less of an error so. From `NARROW` on it would be five bits for a weight of four, more than
-the bytes that are allowed there.
-"""
-LATE = ("gates.warmup=0.7", "gates.ramp=0", "gates.fixed=0")
-AFFINE = (
-    *GRIDS,
+    "adapter.granularity=group",
+    "adapter.scale_bits=8",
+    "adapter.code_range=full",
     "adapter.activation_ranges=affine",
     "adapter.input_granularity=group",
     "gates.range_learning_rate=0.001",
-    *LATE,
+    "gates.warmup=0.7",
+    "gates.ramp=0",
+    "gates.fixed=0",
 )
-"""What they get now: inputs are rounded in the weight's groups, with low ends, and not before 0.7 of the steps."""
-AFFINE16 = (*AFFINE, "adapter.group_size=16")
-"""The same where bytes are as scarce as in groups of 64 with a float each: what the other budgets get."""
-FINER = {"fine": FINE, "affine": AFFINE, "affine16": AFFINE16}
+"""What all our points share beside sites, groups and budget: the shipped recipe `glue/minilm-budget`."""
 SITES = {"merged": "[weight,input]", "separate": "[weight,down,diagonal,up,input]"}
 """Q_out is left out: the next layer's input quantizer rounds what this one writes."""
+DESCENT = ("gates.allocation=descent", "gates.warmup=0.2", "gates.ramp=0.2", "gates.fixed=0.2")
 ABLATIONS = {
-    "warmup0.1": "gates.warmup=0.1",
-    "warmup0.4": "gates.warmup=0.4",
-    "fixed0.5": "gates.fixed=0.5",
-    "range-rate1e-3": "gates.range_learning_rate=0.001",
-    "range-rate3e-2": "gates.range_learning_rate=0.03",
-    "nearest": "adapter.rounding=nearest",
-    "full-codes": "adapter.code_range=full",
-    "all-rows": "adapter.weight_gradient_rows=null",
-    "descent": "gates.allocation=descent",
-    "channel": "adapter.granularity=channel",
-    "init-adalora": "adapter.init_weights=adalora",
-    "calibration10": "adapter.calibration_passes=10",
+    "warmup0.2": ("gates.warmup=0.2",),
+    "range-rate1e-2": ("gates.range_learning_rate=0.01",),
+    "fitted": ("adapter.activation_ranges=fitted", "adapter.input_granularity=tensor"),
+    "narrow-codes": ("adapter.code_range=narrow",),
+    "nearest": ("adapter.rounding=nearest",),
+    "all-rows": ("adapter.weight_gradient_rows=null",),
+    "descent": DESCENT,
 }
-"""The default recipe with one of its choices changed, on rows held out of training (STS-B)."""
-MOMENTS = {"warmup0.7": LATE, "affine16": AFFINE16}
-"""Widths chosen late, alone and with affine inputs, in groups that leave the bytes as they are; on rows of all main
-tasks that are held out."""
+"""The recipe with one of its choices changed, on rows held out of training (STS-B)."""
 PAPER = (
     "adapter.targets=[query,key,value]",
     "gates.lambda_q=1",
@@ -155,6 +140,10 @@ class Point:
         return RECIPES[self.task]
 
 
+Make = Callable[[str, int], Point]
+"""From a task and a seed to a point."""
+
+
 def work(task: str, seed: int, *, rate: str = LEARNING_RATE) -> tuple[str, ...]:
     """What all methods share on one task: modules, rank, rows, order of rows, steps and learning rate."""
     rows = (f"task.train_rows={ROWS[task]}",) if task in ROWS else ()
@@ -167,51 +156,42 @@ def lora(task: str, seed: int) -> Point:
     return Point(task, "lora", seed, changes=("method=lora", *work(task, seed)))
 
 
-def ours(placement: str, granularity: str = "group") -> tuple[str, ...]:
-    """What learned and fixed gates share in one placement."""
-    grid = (f"adapter.granularity={granularity}", f"adapter.quantizers={SITES[placement]}")
-    size = (f"adapter.group_size={GROUP_SIZE}",) if granularity == "group" else ()
-    return ("method=bayesian-lora", f"adapter.placement={placement}", *grid, *size, *RECIPE)
+def grids(budget: float) -> str:
+    """The groups that a budget leaves the bytes for: a byte of scale for 8 weights of 4 bits would be too many."""
+    return "affine16" if budget >= NARROW else "affine"
 
 
-def learned(task: str, variant: str, placement: str, budget: float, seed: int) -> Point:
+def ours(placement: str, budget: float) -> tuple[str, ...]:
+    """What learned and fixed gates share in one placement, at what a budget leaves."""
+    sites = (f"adapter.placement={placement}", f"adapter.quantizers={SITES[placement]}")
+    return ("method=bayesian-lora", *sites, *RECIPE, f"adapter.group_size={GROUP_SIZES[grids(budget)]}")
+
+
+def limits(budget: float) -> str:
+    """A budget of bit operations as a recipe has it, with one of bytes where they are scarce."""
+    return f"gates.budget=bops={budget:g}" if budget > NARROW else f"gates.budget=[bops={budget:g},bytes={BYTES:g}]"
+
+
+def learned(task: str, budget: float, seed: int, variant: str = "q-ra", placement: str = DEFAULT_PLACEMENT) -> Point:
     """Learned widths, with or without learned ranks, under a budget of bit operations."""
     ranks = () if variant == "q-ra" else ("adapter.learn_rank=false",)
-    limits = f"bops={budget:g}" if budget > NARROW else f"[bops={budget:g},bytes={BYTES:g}]"
-    changes = (*ours(placement), *ranks, f"gates.budget={limits}", *work(task, seed, rate=OUR_RATE))
-    return Point(task, f"{variant}-{placement}-bops{budget:g}", seed, changes=changes)
+    changes = (*ours(placement, budget), *ranks, limits(budget), *work(task, seed, rate=OUR_RATE))
+    return Point(task, f"{variant}-{placement}-bops{budget:g}-{grids(budget)}", seed, changes=changes)
 
 
-def finer(point: Point, grids: str = "affine") -> Point:
-    """The same with one of `FINER`."""
-    return replace(point, label=f"{point.label}-{grids}", changes=(*point.changes, *FINER[grids]))
-
-
-def affine(task: str, budget: float, seed: int) -> Point:
-    """What we recommend at a budget: learned widths and ranks with affine inputs, in groups that its bytes allow."""
-    grids = "affine" if budget < NARROW else "affine16"
-    return finer(learned(task, "q-ra", DEFAULT_PLACEMENT, budget, seed), grids)
-
-
-def longer(point: Point) -> Point:
-    """The same with `LONGER` epochs."""
-    changes = (*point.changes, f"training.epochs={LONGER}")
-    return replace(point, label=f"{point.label}-epochs{LONGER}", changes=changes)
-
-
-def uniform(task: str, widths: tuple[int, int], granularity: str, seed: int) -> Point:
+def uniform(task: str, widths: tuple[int, int], seed: int) -> Point:
     """The same quantizers with gates that stand still at one width for all layers: quantization-aware LoRA."""
-    label = f"uniform-w{widths[0]}a{widths[1]}-{granularity}"
-    changes = (*ours(DEFAULT_PLACEMENT, granularity), "adapter.learn_rank=false", *work(task, seed, rate=OUR_RATE))
-    return Point(task, label, seed, Kind.FIXED, changes, widths=widths)
+    budget = widths[0] * widths[1] / REFERENCE_BITS**2
+    label = f"uniform-w{widths[0]}a{widths[1]}-group-{grids(budget)}"
+    form = (*ours(DEFAULT_PLACEMENT, budget), "adapter.learn_rank=false")
+    return Point(task, label, seed, Kind.FIXED, (*form, *work(task, seed, rate=OUR_RATE)), widths=widths)
 
 
-def permuted(task: str, budget: float, seed: int, *, finely: bool = False) -> Point:
+def permuted(task: str, budget: float, seed: int) -> Point:
     """Learned widths and ranks, dealt out to other layers at the same cost and trained with fixed gates."""
-    source = learned(task, "q-ra", DEFAULT_PLACEMENT, budget, seed)
-    changes = (*ours(DEFAULT_PLACEMENT), *work(task, seed, rate=OUR_RATE))
-    point = Point(task, f"permuted-bops{budget:g}", seed, Kind.FIXED, changes, source=source.name)
-    return replace(finer(point), source=finer(source).name) if finely else point
+    changes = (*ours(DEFAULT_PLACEMENT, budget), *work(task, seed, rate=OUR_RATE))
+    label = f"permuted-bops{budget:g}-{grids(budget)}"
+    return Point(task, label, seed, Kind.FIXED, changes, source=learned(task, budget, seed).name)
 
 
 def rounded(task: str, seed: int) -> Point:
@@ -235,86 +215,59 @@ def paper(task: str, seed: int) -> Point:
     return Point(task, "paper", seed, changes=changes)
 
 
-def _held_out(task: str, name: str, rate: str, kind: Kind, *more: str) -> Point:
-    changes = (*more, *work(task, FIRST_SEED, rate=rate), "task.evaluate_on=development")
+def held_out(task: str, name: str, rate: str, *changes: str, kind: Kind = Kind.RECIPE) -> Point:
+    """A run on a slice of the training rows that is held out; validation is not read."""
+    changes = (*changes, *work(task, FIRST_SEED, rate=rate), "task.evaluate_on=development")
     return Point(task, name, FIRST_SEED, kind, changes)
 
 
-def _under_a_budget(*more: str) -> tuple[str, ...]:
-    return (*ours(DEFAULT_PLACEMENT), f"gates.budget=[bops={NARROW:g},bytes={BYTES:g}]", *more)
+def ours_held_out(task: str, name: str = "", rate: str = OUR_RATE, *changes: str) -> Point:
+    """The recipe at `NARROW` on such a slice."""
+    label = "-".join(filter(None, ("q-ra-development", grids(NARROW), name)))
+    return held_out(task, label, rate, *ours(DEFAULT_PLACEMENT, NARROW), limits(NARROW), *changes)
 
 
 def rate_choices() -> list[Point]:
-    """Learning rates tried on a slice of the training rows that is held out; validation is not read."""
-    rates, fitted = LEARNING_RATES, _under_a_budget()
-    points = [
-        _held_out(task, f"{label}-development-lr{rate}", rate, Kind.RECIPE, *changes)
-        for label, changes in (("lora", ("method=lora",)), ("q-ra", fitted))
-        for task in CURVE_TASKS
-        for rate in rates
+    """Learning rates tried for LoRA, for ours and for AdaLoRA."""
+    tried = [(t, r) for t in CURVE_TASKS for r in LEARNING_RATES]
+    points = [held_out(t, f"lora-development-lr{r}", r, "method=lora") for t, r in [*tried, ("sst2", LEARNING_RATE)]]
+    points += [ours_held_out(t, "" if r == OUR_RATE else f"lr{r}", r) for t, r in [*tried, ("sst2", OUR_RATE)]]
+    return points + [
+        held_out("stsb", f"adalora-development-lr{rate}", rate, "method=lora", kind=Kind.ADALORA)
+        for rate in ADALORA_RATES
     ]
-    adaptive = [
-        _held_out("stsb", f"adalora-development-lr{rate}", rate, Kind.ADALORA, "method=lora") for rate in ADALORA_RATES
-    ]
-    return [*points, *adaptive]
 
 
 def ablations() -> list[Point]:
-    """The default recipe with one choice changed at a time, beside which `q-ra-development` at its rate stands."""
-    return [
-        _held_out("stsb", f"q-ra-development-{name}", OUR_RATE, Kind.RECIPE, *_under_a_budget(change))
-        for name, change in ABLATIONS.items()
-    ]
+    """The recipe with one choice changed at a time, beside which `rate_choices` has it as it is."""
+    return [ours_held_out("stsb", name, OUR_RATE, *changes) for name, changes in ABLATIONS.items()]
 
 
-def moments() -> list[Point]:
-    """The default recipe with widths that are chosen late, beside it and LoRA at their rates."""
-    rates = {"lora": LEARNING_RATE, "q-ra": OUR_RATE}
-    forms = {f"lora-development-lr{rates['lora']}": ("method=lora",)}
-    forms |= {f"q-ra-development-lr{rates['q-ra']}": _under_a_budget()}
-    forms |= {f"q-ra-development-{name}": _under_a_budget(*changes) for name, changes in MOMENTS.items()}
-    return [
-        _held_out(task, name, rates[name.split("-development")[0]], Kind.RECIPE, *changes)
-        for task in MAIN_TASKS
-        for name, changes in forms.items()
-    ]
-
-
-def _seeded() -> list[tuple[str, int]]:
+def seeded() -> list[tuple[str, int]]:
     """(task, seed) of the claims: three seeds of the main tasks seed by seed, one of the others, more of CoLA."""
     main = [(t, s) for s in SEEDS for t in MAIN_TASKS]
     return [*main, *((t, FIRST_SEED) for t in ONE_SEED_TASKS), *((SCATTERED, s) for s in SEEDS[1:])]
 
 
 def _all() -> list[Point]:
-    seeded = _seeded()
-    points = [*rate_choices(), *(lora(t, s) for t, s in seeded), *(rounded(t, s) for t, s in seeded)]
-    points += [affine(t, b, s) for b in CLAIMED[::-1] for t, s in seeded]
-    points += [learned(t, "q-ra", DEFAULT_PLACEMENT, b, s) for b in CLAIMED for t, s in seeded]
+    curves = [(t, s) for s in SEEDS for t in CURVE_TASKS]
+    points = [*rate_choices(), *(lora(t, s) for t, s in seeded())]
+    points += [learned(t, b, s) for b in CLAIMED[::-1] for t, s in seeded()]
+    points += [learned(t, b, s) for b in (MIXED, TIGHT) for t, s in curves]
+    points += [uniform(t, w, s) for w in EQUAL_WIDTHS[TIGHT] for t, s in curves]
+    points += [permuted(t, TIGHT, s) for t, s in curves]
+    points += [rounded(t, s) for t, s in curves] + [rounded(t, FIRST_SEED) for t in ("sst2", *ONE_SEED_TASKS)]
+    points += [uniform(t, w, FIRST_SEED) for b in CLAIMED for w in EQUAL_WIDTHS[b] for t in CURVE_TASKS]
     points += [
-        learned(t, v, p, b, FIRST_SEED)
-        for p in PLACEMENTS[::-1]
-        for v in VARIANTS[::-1]
+        learned(t, b, FIRST_SEED, variant, placement)
+        for placement in PLACEMENTS[::-1]
+        for variant in VARIANTS[::-1]
         for b in BUDGETS
         for t in CURVE_TASKS
     ]
-    points += [uniform(t, w, "group", s) for w in ((4, 8), (2, 8)) for s in SEEDS for t in CURVE_TASKS]
-    points += [learned(t, "q-ra", DEFAULT_PLACEMENT, b, s) for b in (MIXED, TIGHT) for s in SEEDS for t in CURVE_TASKS]
-    points += [affine(t, b, s) for b in (MIXED, TIGHT) for s in SEEDS for t in CURVE_TASKS]
-    points += [finer(learned(t, "q-ra", DEFAULT_PLACEMENT, MIXED, s), "fine") for s in SEEDS for t in CURVE_TASKS]
-    points += [finer(uniform(t, w, "group", s)) for w in ((2, 8), (4, 4)) for s in SEEDS for t in CURVE_TASKS]
-    points += [permuted(t, TIGHT, s, finely=True) for s in SEEDS for t in CURVE_TASKS]
-    points += [
-        longer(point)
-        for s in SEEDS
-        for point in (lora("mrpc", s), learned("mrpc", "q-ra", DEFAULT_PLACEMENT, MIXED, s))
-    ]
-    points += [permuted(t, TIGHT, s) for s in SEEDS for t in CURVE_TASKS]
-    points += [uniform(t, w, "group", FIRST_SEED) for w in ((8, 8), (4, 4)) for t in CURVE_TASKS]
-    points += [adalora(t, s) for s in SEEDS for t in CURVE_TASKS]
-    points += [paper(t, FIRST_SEED) for t in CURVE_TASKS]
-    points += [foreign(t, FIRST_SEED) for t in CURVE_TASKS]
-    points += [*moments(), *ablations()]
+    points += [adalora(t, s) for t, s in curves]
+    points += [paper(t, FIRST_SEED) for t in CURVE_TASKS] + [foreign(t, FIRST_SEED) for t in CURVE_TASKS]
+    points += ablations()
     return list({point.name: point for point in points}.values())
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+import earlier
 from points import POINTS, Point
 from scratch import claimed, is_running, log_file, result_file
 
@@ -22,9 +23,9 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 """Activations are freed and allocated anew in every step; with large pages the kernel spends no time on it."""
 
 
-def chosen(pattern: str) -> list[Point]:
+def chosen(points: Sequence[Point], pattern: str) -> list[Point]:
     """The points whose name matches: `*` and `?` as in file names, at either end too."""
-    return [point for point in POINTS if fnmatch(point.name, f"*{pattern}*")]
+    return [point for point in points if fnmatch(point.name, f"*{pattern}*")]
 
 
 def is_done(name: str) -> bool:
@@ -91,7 +92,7 @@ def work_through(points: Sequence[Point], threads: int) -> list[str]:
 
 def run_point(name: str, threads: int) -> int:
     """Work out one point here, if no other process is at it."""
-    point = next(point for point in POINTS if point.name == name)
+    point = next(point for point in (*POINTS, *earlier.POINTS) if point.name == name)
     with claimed(name) as mine:
         if not mine:
             return BUSY
@@ -126,20 +127,21 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="PATTERN", help="only points whose name matches")
     parser.add_argument("--list", action="store_true", help="show the points and how far they are")
     parser.add_argument("--table", action="store_true", help="show the tables of what is in results/")
+    parser.add_argument("--earlier", action="store_true", help="points of the recipes before instead of the study's")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
         return run_point(options.point, options.threads)
-    if options.list:
-        print(listed(chosen(options.only)))
-        return 0
     if options.table:
         from tables import report
 
-        print(report())
+        print(report(of_earlier=options.earlier))
         return 0
-    points = chosen(options.only)
+    points = chosen(earlier.POINTS if options.earlier else POINTS, options.only)
+    if options.list:
+        print(listed(points))
+        return 0
     if not points:
         parser.error(f"no point matches {options.only!r}; --list shows their names")
     if complaint := lacking(points):

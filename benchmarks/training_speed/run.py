@@ -25,7 +25,7 @@ LIMITS = {
 """Largest ratio, by modules and phase; `run` is a whole run of the recipe."""
 SHARES = {
     "q-ra": {"standing": 0.1, "measuring": 0.1, "fixed": 0.8},
-    "affine": {"standing": 0.35, "measuring": 0.35, "fixed": 0.3},
+    **{name: {"standing": 0.35, "measuring": 0.35, "fixed": 0.3} for name in ("affine16", "affine")},
 }
 """Of the steps of the recipes, whose warm-up is 0.2 and 0.7; the evidence is measured in its second half."""
 MEMORY_LIMIT, KERNEL_FACTOR = 1.3, 12.0
@@ -61,14 +61,18 @@ def _blocks(count: int) -> tuple[str, ...]:
 
 STEPS = [
     _case("steps", f"steps-{m}-{v}-{n}", modules=m, variant=v, length=n)
-    for v, lengths in (("q-ra", (128, 64)), ("affine", (128, 64)), ("descent", (128,)), ("ra", (128,)))
+    for v, lengths in {
+        "affine16": (128, 64),
+        "affine": (128,),
+        "q-ra": (128, 64),
+        "descent": (128,),
+        "ra": (128,),
+    }.items()
     for m in ("qkv", "all")
     for n in lengths
 ]
 PEAKS = [
-    _case("peak", f"peak-{m}-{v}", modules=m, variant=v, rounds=3)
-    for m in ("qkv", "all")
-    for v in ("lora", "q-ra", "affine")
+    _case("peak", f"peak-{m}-{v}", modules=m, variant=v, rounds=3) for m in ("qkv", "all") for v in ("lora", *SHARES)
 ]
 GROWTH = [
     *[_case("steps", f"growth-rank{r}", rounds=9, changes=(f"adapter.r={r}",)) for r in RANKS],

@@ -22,22 +22,25 @@ from rankbits.training.schedule import GateSchedule
 from rankbits.tuners.bayesian_lora import learning_adapters
 
 sys.path.append(str(Path(__file__).parent.parent / "accuracy"))
-from points import AFFINE, DEFAULT_PLACEMENT, FIRST_SEED, TARGETS, learned
+from earlier import learned
+from points import FIRST_SEED, GROUP_SIZES, RECIPE, TARGETS
 
-POINT = learned("stsb", "q-ra", DEFAULT_PLACEMENT, 0.25, FIRST_SEED)
-"""The point of the accuracy study whose settings are timed."""
+POINT = learned("stsb", 0.25, FIRST_SEED)
+"""The point of the accuracy study in groups of 64 whose settings are timed, but for what a variant changes."""
+AFFINE = {name: (*RECIPE, f"adapter.group_size={size}") for name, size in GROUP_SIZES.items()}
+"""What the points of today's recipe have, at budgets from W4A8 on and below."""
 MODULES = {"qkv": "adapter.targets=[query,key,value]", "all": f"adapter.targets={TARGETS}"}
 VARIANTS = {
     "lora": ("method=lora", "gates.budget=null"),
     "q-ra": (),
-    "affine": AFFINE,
+    **AFFINE,
     "descent": ("gates.allocation=descent",),
     "ra": ("adapter.learn_bits=false", "adapter.quantizers=null", "adapter.rounding=nearest", "gates.budget=rank=4"),
 }
 TOTAL_STEPS = 10_000
 MOMENTS = {
     "q-ra": {"standing": 500, "measuring": 1_500, "fixed": 9_000},
-    "affine": {"standing": 2_000, "measuring": 5_000, "fixed": 9_000},
+    **{name: {"standing": 2_000, "measuring": 5_000, "fixed": 9_000} for name in AFFINE},
     "descent": {"sampled": 6_000},
     "ra": {"sampled": 6_000},
 }
