@@ -144,7 +144,10 @@ class RangeRows:
 
     def __init__(self, x: Tensor, beta: Tensor) -> None:
         self.aligned = (1,) * (x.dim() - beta.dim()) + tuple(beta.shape)
-        split = max((i + 1 for i, size in enumerate(self.aligned) if size != 1), default=0)
+        split = len(self.aligned)
+        # A loop, because torch.compile, where a whole model is compiled, does not follow max() with a default.
+        while split and self.aligned[split - 1] == 1:
+            split -= 1
         self.leading, self.trailing = tuple(x.shape[:split]), tuple(x.shape[split:])
 
     def of(self, values: Tensor) -> Tensor:

@@ -85,6 +85,8 @@ def allocation_of(name: str | None, budgets: Sequence[Budget]) -> Allocation:
     if name is not None and name not in known:
         raise ScheduleError(f"allocation: given {name!r}, expected one of {', '.join(known)}")
     if not budgets:
+        if name == Allocation.EVIDENCE.value:
+            raise ScheduleError(f"allocation: given {name!r} without a budget, by which alone it can choose")
         return Allocation.DESCENT
     ranks = any(budget.quantity is Quantity.RANK for budget in budgets)
     return Allocation(name or (Allocation.DESCENT if ranks else Allocation.EVIDENCE))
@@ -95,13 +97,14 @@ def budgets_of(given: BudgetLike | None) -> tuple[Budget, ...]:
     if given is None:
         return ()
     listed = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    for entry in listed or [given]:
+        if not isinstance(entry, (str, Budget)):
+            raise ScheduleError(f"budget: given {entry!r}, expected a text such as 'bits=4', or a rankbits.Budget")
     try:
         budgets = tuple(parse_budget(entry) if isinstance(entry, str) else entry for entry in listed)
     except RecipeError as reason:
         raise ScheduleError(str(reason)) from reason
     for budget in budgets:
-        if not isinstance(budget, Budget):
-            raise ScheduleError(f"budget: given {budget!r}, expected a text such as 'bits=4', or a rankbits.Budget")
         same = [other for other in budgets if other.quantity is budget.quantity]
         if len(same) > 1:
             raise ScheduleError(f"budget: given {' and '.join(map(str, same))}; expected one of each quantity")
@@ -217,8 +220,8 @@ class BudgetController:
         return float(middle * (limit / middle) ** ((progress - turn) / (1.0 - turn)))
 
     def states(self, completed_steps: int) -> list[BudgetState]:
-        """Where each budget stands."""
-        logits = self.table.read()
+        """Where each budget stands; of a model that was hardened since, where it stood at last."""
+        logits = self.table.read() if self.table.is_whole() else self._logits
         hard = self._amounts(logits)
         soft = expected(logits.width_probabilities(), logits.rank_probabilities())
         return [
@@ -235,7 +238,7 @@ class BudgetController:
     def state_dict(self) -> dict[str, Any]:
         """What cannot be worked out from the model: dual variables and where the descent began."""
         corners = None if self.corners is None else [list(pair) for pair in self.corners]
-        state = {"budgets": [str(budget) for budget in self.budgets], "mu": list(self.mu), "corners": corners}
+        state = {"budgets": list(map(_terms, self.budgets)), "mu": list(self.mu), "corners": corners}
         if self.allocation is Allocation.EVIDENCE:
             measured = self.table.evidence()
             state["evidence"] = {"widths": measured.widths.tolist(), "ranks": measured.ranks.clamp(min=0.0).tolist()}
@@ -243,8 +246,9 @@ class BudgetController:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`. ScheduleError if it is of other budgets."""
-        mine = [str(budget) for budget in self.budgets]
-        if state["budgets"] != mine:
+        mine = list(map(_terms, self.budgets))
+        # Older checkpoints have the limits alone.
+        if state["budgets"] not in (mine, list(map(str, self.budgets))):
             raise ScheduleError(f"the checkpoint's budgets are {state['budgets']}, those of this schedule {mine}")
         self.mu = [float(mu) for mu in state["mu"]]
         if "evidence" in state:
@@ -257,6 +261,19 @@ class BudgetController:
     def resume(self) -> None:
         """Take the gates as they are now for those after the last step."""
         self._logits = self.table.read()
+
+    def refuse_undecided(self, completed_steps: int) -> None:
+        """Raise ScheduleError if gates should have been closed by now and were not: nothing would close them later."""
+        chosen_at = self.start if self.allocation is Allocation.EVIDENCE else self.end
+        if completed_steps < chosen_at:
+            return
+        for state in self.states(completed_steps):
+            if state.cost > state.budget.limit:
+                raise ScheduleError(
+                    f"budget {state.budget}: after {completed_steps} steps the gates cost {state.cost:.4g}, though this "
+                    f"schedule was to choose them at step {chosen_at}: they were trained without it, or with other "
+                    "phases; expected those of the run that is resumed, or a new beginning"
+                )
 
     def _replace(self, before: GateLogits, after: GateLogits) -> None:
         self.table.write(before, after)
@@ -293,6 +310,17 @@ class BudgetController:
             for row in torch.nonzero(now > before).flatten().tolist():
                 values[row, before[row] : now[row]] = values[row, before[row] : now[row]].clamp(min=REOPENED)
         return GateLogits(widths, ranks, logits.straight)
+
+
+def _terms(budget: Budget) -> str:
+    """A budget with all that it is counted by."""
+    if budget.quantity in {Quantity.BITS, Quantity.RANK}:
+        return str(budget)
+    text = f"{budget} at {budget.reference_bits} bits"
+    if budget.quantity is Quantity.BYTES:
+        return text
+    tokens = "" if budget.sequence_length is None else f", {budget.sequence_length} tokens"
+    return f"{text}, {budget.scope.value}{tokens}"
 
 
 def _at_top(values: Tensor, open_gates: Tensor, like: Tensor) -> Tensor:

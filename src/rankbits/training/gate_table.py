@@ -87,6 +87,10 @@ class GateTable:
                 self._rank_slot[id(layer), name] = self.rank_rows
                 self.rank_rows += 1
 
+    def is_whole(self) -> bool:
+        """Whether all layers still have the gates they had: a hardened model has none."""
+        return all(layer.gates_of(name) is not None for layer, name in self.holders)
+
     def width_starts(self) -> dict[int, int]:
         """First row of each layer's width gates in the matrix, by the identity of the gates."""
         found = {}

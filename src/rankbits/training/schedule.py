@@ -13,6 +13,8 @@ from torch import nn
 
 from rankbits.accounting.budget import Budget
 from rankbits.errors import RankbitsWarning, ScheduleError
+from rankbits.gates import chain, hard_concrete
+from rankbits.quant.grid import bits_of_gates
 from rankbits.quant.quantizer import Quantizer
 from rankbits.training.budget import (
     Allocation,
@@ -225,12 +227,17 @@ class GateSchedule:
         return [] if self.controller is None else self.controller.states(self.completed_steps)
 
     def restore(self, completed_steps: int) -> None:
-        """Continue after this many completed steps, as if they had been made here."""
+        """Continue after this many completed steps, as if they had been made here.
+
+        Raises:
+            ScheduleError: there are fewer steps, or a budget should have been met by then and is not.
+        """
         if not 0 <= completed_steps <= self.total_steps:
             raise ScheduleError(f"completed_steps must be in [0, {self.total_steps}], got {completed_steps}")
         self.completed_steps = completed_steps
         if self.controller is not None:
             self.controller.resume()
+            self.controller.refuse_undecided(completed_steps)
         self._enter()
         self.replay.resume(completed_steps)
 
@@ -262,7 +269,7 @@ class GateSchedule:
         """Say so if a lambda that the user gave has closed every gate of its kind."""
         names = {name for _, name, _ in learning_adapters(self.model)}
         summaries = [summary for name in sorted(names) for summary in summarize(self.model, name)]
-        widths = [bits for summary in summaries for bits in summary.bits.values()]
+        widths = self._priced_widths()
         ranks = [(summary.rank, summary.max_rank) for summary in summaries if summary.expected_rank is not None]
         closed = (bool(widths) and max(widths) == 2, any(most > 1 for _, most in ranks) and max(ranks)[0] == 1)
         half = max((most for _, most in ranks), default=2) / 2
@@ -280,18 +287,37 @@ class GateSchedule:
                     stacklevel=3,
                 )
 
+    def _priced_widths(self) -> list[int]:
+        """The width of each quantizer that a penalty by size has a price for; of all if it has one price for all."""
+        widths = []
+        for layer, name, gates in self._adapters():
+            if gates.bit_logits is None:
+                continue
+            sizes = [1] * len(gates.bit_logits)
+            if self.largest_macs is not None:
+                sizes = layer.macs_per_row(name)
+            if self.largest_stored is not None:
+                sizes = layer.stored_numbers(name)
+            found = bits_of_gates(chain.hard(hard_concrete.is_open(gates.bit_logits.detach()))).tolist()
+            widths += [int(bits) for bits, size in zip(found, sizes, strict=True) if size]
+        return widths
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, ready for JSON; everything else follows from the constructor."""
-        state: dict[str, Any] = {"completed_steps": self.completed_steps, "total_steps": self.total_steps}
+        state = {"completed_steps": self.completed_steps, "total_steps": self.total_steps, **self._plan()}
         if self.controller is not None:
             state["budget"] = self.controller.state_dict()
         return state | self.replay.state_dict()
+
+    def _plan(self) -> dict[str, Any]:
+        """When gates move, and how they are chosen."""
+        return {"phases": [self.warmup, self.ramp, self.fixed], "allocation": self.allocation.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`, with the model's weights loaded before.
 
         Raises:
-            ScheduleError: it was made for another number of steps, or under another budget.
+            ScheduleError: it was made for another number of steps or other phases, or under another budget.
         """
         if state["total_steps"] != self.total_steps:
             raise ScheduleError(
@@ -300,8 +326,13 @@ class GateSchedule:
             )
         saved = state.get("budget")
         if (saved is None) != (self.controller is None):
-            mine = "none" if self.controller is None else str(self.controller)
-            raise ScheduleError(f"the checkpoint's budgets are {(saved or {}).get('budgets')}, this schedule's {mine}")
+            given = "none" if self.controller is None else str(self.controller)
+            raise ScheduleError(f"the checkpoint's budgets are {(saved or {}).get('budgets')}, this schedule's {given}")
+        mine = self._plan()
+        # Older checkpoints do not have them.
+        theirs = {key: state.get(key, value) for key, value in mine.items()}
+        if theirs != mine:
+            raise ScheduleError(f"the checkpoint's gate schedule has {theirs}, this one {mine}")
         if self.controller is not None and saved is not None:
             self.controller.load_state_dict(saved)
         self.replay.load_state_dict(state)

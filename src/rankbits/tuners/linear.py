@@ -21,6 +21,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""Of weights that are what they say: those of 8 bits are nothing without scales that their layers keep elsewhere."""
+
 
 class AdapterLinear(nn.Module, BaseTunerLayer, ABC):
     """A linear layer with adapters beside it.
@@ -193,6 +196,11 @@ def _features(base: nn.Module, key: str, *, quantized: bool) -> tuple[int, int]:
     """(in_features, out_features) of a supported base layer."""
     if isinstance(base, Conv1D):
         return int(base.weight.shape[0]), int(base.weight.shape[1])
+    if isinstance(base, nn.Linear) and not quantized and base.weight.dtype not in FLOATS:
+        raise TypeError(
+            f"target module {key!r} is a {type(base).__name__} with a weight of {base.weight.dtype}, which is on a grid "
+            f"of its own that PEFT does not know: expected a weight of {', '.join(map(str, FLOATS))}"
+        )
     if isinstance(base, nn.Linear) or quantized:
         return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
     raise TypeError(

@@ -160,3 +160,15 @@ def test_backward_keeps_nothing_but_its_inputs():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         kernels.quantize(*leaves)
     assert sum(tensor.numel() for tensor in saved if tensor.numel() >= x.numel()) == x.numel()
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_rows_of_a_range_are_found_without_ending_a_graph(shapes) -> None:
+    def leading(x: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+        rows = kernels.RangeRows(x, beta)
+        return x.reshape(*rows.leading, -1) if rows.trailing else x.reshape(rows.leading)
+
+    x, beta = (torch.zeros(shape) for shape in shapes)
+    torch._dynamo.reset()
+    compiled = torch.compile(leading, backend="eager", fullgraph=True)(x, beta)
+    assert compiled.shape == leading(x, beta).shape

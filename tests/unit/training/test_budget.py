@@ -7,7 +7,15 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from rankbits import BayesianLoraConfig, Budget, GateSchedule, optimizer_and_scheduler, regularization_loss, summarize
+from rankbits import (
+    BayesianLoraConfig,
+    Budget,
+    GateSchedule,
+    harden,
+    optimizer_and_scheduler,
+    regularization_loss,
+    summarize,
+)
 from rankbits.errors import RecipeError, ScheduleError
 from rankbits.gates.hard_concrete import OPEN_LOGIT
 from rankbits.training.budget import CLOSED, CONTESTED, REOPENED
@@ -21,6 +29,8 @@ PHASES = (0.1, 0.4, 0.2)
     [
         ("flops=1", {}, "given 'flops=1', expected one of bops, bytes, bits, rank"),
         (3.0, {}, "given 3.0, expected a text such as 'bits=4', or a rankbits.Budget"),
+        (["bits=4", None], {}, "given None, expected a text such as 'bits=4'"),
+        ([], {}, r"given \[\], expected a text such as 'bits=4'"),
         (["bits=4", "bits=5"], {}, "given bits=4 and bits=5; expected one of each quantity"),
         ("bits=1.5", {}, "bits=1.5 cannot be met: with 2 bits and rank 1 everywhere it is 2, with all gates open 32"),
         ("bits=40", {}, "bits=40 cannot be met"),
@@ -257,3 +267,75 @@ def test_a_checkpoint_of_another_budget_is_refused(adapted) -> None:
         GateSchedule(adapted(), 40, budget="bits=5").load_state_dict(state)
     with pytest.raises(ScheduleError, match=r"budgets are \['bits=4'\], this schedule's none"):
         GateSchedule(adapted(), 40).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (Budget("bops", 0.1, 32), Budget("bops", 0.1, 16), "bops=0.1 at 32 bits, adapted.*bops=0.1 at 16 bits"),
+        (Budget("bops", 0.1, sequence_length=8), Budget("bops", 0.1), "adapted, 8 tokens.*adapted'"),
+        (Budget("bytes", 0.3, 32), Budget("bytes", 0.3), "bytes=0.3 at 32 bits.*bytes=0.3 at 16 bits"),
+    ],
+)
+def test_a_checkpoint_of_a_budget_that_is_counted_otherwise_is_refused(adapted, first, second, said) -> None:
+    settings = {"placement": "merged", "quantizers": ["weight", "input"]}
+    state = GateSchedule(adapted(**settings), 40, budget=first).state_dict()
+    GateSchedule(adapted(**settings), 40, budget=first).load_state_dict(state)
+    with pytest.raises(ScheduleError, match=said):
+        GateSchedule(adapted(**settings), 40, budget=second).load_state_dict(state)
+
+
+def test_a_checkpoint_from_before_they_were_kept_is_of_the_same_phases_and_reference(adapted) -> None:
+    settings = {"placement": "merged", "quantizers": ["weight", "input"]}
+    state = GateSchedule(adapted(**settings), 40, budget="bops=0.1").state_dict()
+    state["budget"]["budgets"] = ["bops=0.1"]
+    del state["phases"], state["allocation"]
+    GateSchedule(adapted(**settings), 40, budget="bops=0.1").load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"budget": "bits=4", "phases": (0.5, 0.2, 0.2)}, r"\[0.25, 0.25, 0.25\].*this one .*\[0.5, 0.2, 0.2\]"),
+        ({"budget": "bits=4", "allocation": "descent"}, "evidence.*this one .*descent"),
+    ],
+)
+def test_a_checkpoint_of_other_phases_is_refused(adapted, settings, said) -> None:
+    state = GateSchedule(adapted(), 40, budget="bits=4").state_dict()
+    with pytest.raises(ScheduleError, match=said):
+        GateSchedule(adapted(), 40, **settings).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("allocation", "chosen_at"), [("evidence", 10), ("descent", 30)])
+def test_going_on_behind_the_step_that_chooses_needs_gates_that_were_chosen(adapted, allocation, chosen_at) -> None:
+    def start() -> GateSchedule:
+        return GateSchedule(adapted(), 40, budget="bits=4", allocation=allocation)
+
+    start().restore(chosen_at - 1)
+    for completed in (chosen_at, 40):
+        with pytest.raises(ScheduleError, match=rf"bits=4: after {completed} steps the gates cost 32.* {chosen_at}: "):
+            start().restore(completed)
+    schedule = start()
+    with torch.no_grad():
+        for _, _, gates in learning_adapters(schedule.model):
+            gates.bit_logits.fill_(-4.0)
+    schedule.restore(40)
+
+
+@pytest.mark.parametrize("allocation", ["evidence", "descent"])
+def test_what_it_ended_at_can_be_asked_of_a_hardened_model(adapted, rows, allocation) -> None:
+    model = adapted().train()
+    schedule = GateSchedule(model, 12, budget="bits=4", allocation=allocation)
+    for _ in range(12):
+        model(rows).sum().backward()
+        schedule.step()
+    (before,) = schedule.budgets()
+    assert before.cost <= 4.0
+    harden(model)
+    (after,) = schedule.budgets()
+    assert (after.cost, after.target, after.mu) == (before.cost, before.target, before.mu)
+
+
+def test_evidence_has_nothing_to_choose_by_without_a_budget(adapted) -> None:
+    with pytest.raises(ScheduleError, match="allocation: given 'evidence' without a budget"):
+        GateSchedule(adapted(), 40, allocation="evidence")

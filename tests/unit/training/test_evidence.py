@@ -114,6 +114,9 @@ def test_gates_that_cannot_close_before_they_are_fixed_are_not_sampled(options: 
     assert all(gates.bit_logits.grad is None for _, _, gates in learning_adapters(model))
     ranges = [q.log_range for layer, name, _ in learning_adapters(model) for q in layer.quantizers_of(name).values()]
     assert not any(log_range.requires_grad for log_range in ranges)
+    with torch.no_grad():
+        for _, _, gates in learning_adapters(model):
+            gates.bit_logits.copy_(torch.tensor([8.0, -4.0, -4.0, -4.0]))  # four bits, which meets the budget
     schedule.restore(4)
     assert not schedule.phase().stands
 
@@ -129,6 +132,23 @@ def test_gates_that_a_penalty_can_close_are_sampled_from_the_first_step() -> Non
     x = torch.randn(4, 16)
     first = model(x)
     assert not all(torch.equal(first, model(x)) for _ in range(8))
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_pass_whose_loss_overflowed_is_no_evidence(factor) -> None:
+    found = []
+    for with_overflow in (False, True):
+        model = _model()
+        schedule = GateSchedule(model, 20, budget="bits=6", allocation="evidence", phases=PHASES)
+        schedule.restore(schedule.warmup_steps // 2)
+        assert schedule.phase().measures
+        x = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
+        (model(x) - x.roll(1, dims=1)).square().mean().backward()
+        if with_overflow:
+            (factor * model(x).square().mean()).backward()
+        found.append(schedule.controller.table.evidence().widths)
+    assert bool((found[0] > 0.0).any())
+    assert torch.equal(found[0], found[1])
 
 
 def test_measuring_passes_are_free_of_noise() -> None:

@@ -205,6 +205,25 @@ def test_a_lambda_that_closed_every_gate_is_named_once_with_the_budget_to_use(ad
     schedule.step()  # a second warning would be an error
 
 
+@pytest.mark.parametrize("weighting", ["bop", "byte"])
+@torch.no_grad()
+def test_what_a_penalty_by_size_has_no_price_for_does_not_hide_that_all_else_was_closed(adapted, weighting) -> None:
+    model = adapted()
+    schedule = GateSchedule(model, 4, lambda_q=0.5, lambda_r=0.0, weighting=weighting)
+    closed = 0
+    for layer, name, gates in learning_adapters(model):
+        sizes = layer.macs_per_row(name) if weighting == "bop" else layer.stored_numbers(name)
+        assert 0 in sizes
+        for row, size in enumerate(sizes):
+            gates.bit_logits[row] = -3.0 if size else 6.0
+            closed += size > 0
+    assert closed > 2
+    schedule.step()
+    schedule.step()
+    with pytest.warns(RankbitsWarning, match=r"lambda_q=\S+ has closed every gate"):
+        schedule.step()
+
+
 @torch.no_grad()
 def test_one_open_gate_is_nothing_to_warn_about(adapted) -> None:
     model = adapted()

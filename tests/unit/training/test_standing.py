@@ -47,10 +47,10 @@ def _standing(placement: str = "merged", **settings: object) -> tuple[PeftModel,
 def _closed() -> tuple[PeftModel, GateSchedule]:
     """A model whose gates were closed before, at the start of another schedule."""
     model, schedule = _standing()
-    schedule.restore(8)
     with torch.no_grad():
         for _, _, gates in learning_adapters(model):
             gates.bit_logits.fill_(-8.0)
+    schedule.restore(8)
     again = GateSchedule(model, 20, budget="bits=6", phases=(0.4, 0.0, 0.0))
     return model, again
 
@@ -126,10 +126,10 @@ def test_measuring_and_fixed_passes_round() -> None:
     assert schedule.phase().measures
     model(x).sum().backward()
     assert all(gates.evidence.any() for _, _, gates in learning_adapters(model))
-    schedule.restore(8)
     with torch.no_grad():
         for _, _, gates in learning_adapters(model):
             gates.bit_logits.fill_(-8.0)
+    schedule.restore(8)
     assert (model(x).double() - _unrounded(model, x)).abs().max() > 0.1
 
 

@@ -75,6 +75,16 @@ def test_a_target_that_cannot_be_adapted_leaves_the_model_as_it_was(mlp, rows, m
     assert torch.equal(mlp(rows), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_weight_on_a_grid_that_peft_does_not_know_is_refused(mlp, method, dtype) -> None:
+    first = mlp.get_submodule("0")
+    first.weight = nn.Parameter(first.weight.detach().to(dtype), requires_grad=False)
+    with pytest.raises(TypeError, match=f"'0' is a Linear with a weight of {dtype}, .* expected a weight of torch.f"):
+        get_peft_model(mlp, CONFIGS[method](["0"]))
+    assert mlp.get_submodule("0") is first
+
+
 @pytest.mark.parametrize("method", CONFIGS)
 def test_a_second_adapter_that_cannot_be_added_leaves_the_first(mlp, rows, method) -> None:
     mlp.add_module("last", nn.Identity())

@@ -230,20 +230,19 @@ class BayesianLoraConfig(PeftConfig):
         problems = []
         if not is_integer(self.r) or self.r < 1:
             problems.append(f"`r` must be a positive integer, got {self.r!r}")
-        if self.alpha <= 0:
+        if not 0.0 < self.alpha < math.inf:
             problems.append(f"`alpha` must be > 0, got {self.alpha}")
         if not 0.0 <= self.dropout < 1.0:
             problems.append(f"`dropout` must be in [0, 1), got {self.dropout}")
-        if self.calibration_passes < 0:
-            problems.append(f"`calibration_passes` must be >= 0, got {self.calibration_passes}")
-        if self.group_size < 1:
+        if not is_integer(self.calibration_passes) or self.calibration_passes < 0:
+            problems.append(f"`calibration_passes` must be an integer >= 0, got {self.calibration_passes}")
+        if not is_integer(self.group_size) or self.group_size < 1:
             problems.append(f"`group_size` must be a positive integer, got {self.group_size}")
         if not is_integer(self.scale_bits) or self.scale_bits not in SCALE_BITS:
             problems.append(f"`scale_bits` must be one of {list(SCALE_BITS)}, got {self.scale_bits!r}")
-        if self.weight_gradient_rows is not None and self.weight_gradient_rows < 1:
-            problems.append(
-                f"`weight_gradient_rows` must be a positive integer or None, got {self.weight_gradient_rows}"
-            )
+        rows = self.weight_gradient_rows
+        if rows is not None and (not is_integer(rows) or rows < 1):
+            problems.append(f"`weight_gradient_rows` must be a positive integer or None, got {rows}")
         if not 0.0 < self.sampled_share <= 1.0:
             problems.append(f"`sampled_share` must be in (0, 1], got {self.sampled_share}")
         if self.initial_bit_logit <= OPEN_LOGIT:
@@ -302,6 +301,12 @@ class BayesianLoraConfig(PeftConfig):
         if unknown:
             where = " with placement='merged', which has no factors beside the weight" if merged else ""
             problems.append(f"`quantizers` has unknown names {unknown}; known are {sites}{where}")
+        lacks_inputs = self.learn_bits and Site.INPUT not in self.sites and not self.quantize_head
+        problems.extend(
+            f"`{name}`={value!r} is about inputs, and no input has a quantizer: add 'input' to quantizers"
+            for name, value in (("activation_ranges", "affine"), ("input_granularity", "group"))
+            if lacks_inputs and getattr(self, name) == value
+        )
         problems.extend(
             f"`{name}`=True needs learn_bits=True, without which nothing has a quantizer"
             for name in ("quantize_attention", "quantize_head")

@@ -79,7 +79,8 @@ class LayerGates(Float32State):
         self.rank_gate = rank_gate
         self.sampled_share = sampled_share
         self.stands = self.measures = False
-        self._rounds: bool | None = None
+        self.rounds = True
+        """Whether there is anything to round: not while all gates stand open and are not measured."""
         widths = (sites, len(GATED_WIDTHS))
         self.bit_logits = nn.Parameter(torch.full(widths, initial_bit_logit)) if sites else None
         self.rank_logits = nn.Parameter(torch.full((rank - 1,), initial_rank_logit)) if rank is not None else None
@@ -91,20 +92,17 @@ class LayerGates(Float32State):
         """Enter a phase of training."""
         if (stands, measures) != (self.stands, self.measures):
             self.stands, self.measures = stands, measures
-            self._rounds = None
+            self._look_at_gates()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._rounds = None
+        self._look_at_gates()
 
-    @property
-    def rounds(self) -> bool:
-        """Whether there is anything to round: not while all gates stand open and are not measured."""
-        if self._rounds is None:
-            # Read from the device once and after each change, not in each pass.
-            is_open = self.bit_logits is None or bool(hard_concrete.is_open(self.bit_logits).all())
-            self._rounds = not self.stands or self.measures or not is_open
-        return self._rounds
+    def _look_at_gates(self) -> None:
+        """Read from the device once in a phase: in a pass it would be a wait, and end a graph of torch.compile."""
+        self.rounds = not self.stands or self.measures
+        if not self.rounds and self.bit_logits is not None:
+            self.rounds = not bool(hard_concrete.is_open(self.bit_logits).all())
 
     def put_on_grid(self, quantizer: Quantizer, x: Tensor, widths: Tensor, *, hard: bool) -> Tensor:
         """Round a tensor by width gates of this layer, and by ranges that cover it while gates stand.
@@ -206,4 +204,5 @@ class LayerGates(Float32State):
 
 @torch.no_grad()
 def _add_square(evidence: Tensor, gradient: Tensor) -> None:
-    evidence += gradient.square()
+    # A loss that overflowed in one pass says nothing about gates; without this it would say all there is to say.
+    evidence += torch.nan_to_num(gradient.square(), nan=0.0, posinf=0.0)

@@ -14,9 +14,11 @@ def test_all_problems_are_reported_together() -> None:
     with pytest.raises(ValueError, match="BayesianLoraConfig") as failure:
         BayesianLoraConfig(
             r=0,
-            alpha=-1.0,
+            alpha=float("nan"),
             dropout=1.0,
-            calibration_passes=-1,
+            calibration_passes=2.5,
+            group_size=8.0,
+            weight_gradient_rows=3.5,
             initial_bit_logit=-2.0,
             rank_gate="soft",
             init_weights="gauss",
@@ -28,9 +30,11 @@ def test_all_problems_are_reported_together() -> None:
         )
     expected = [
         "`r` must be a positive integer, got 0",
-        "`alpha` must be > 0, got -1.0",
+        "`alpha` must be > 0, got nan",
         "`dropout` must be in [0, 1), got 1.0",
-        "`calibration_passes` must be >= 0, got -1",
+        "`calibration_passes` must be an integer >= 0, got 2.5",
+        "`group_size` must be a positive integer, got 8.0",
+        "`weight_gradient_rows` must be a positive integer or None, got 3.5",
         "`initial_bit_logit` must exceed -0.9353, where gates open, got -2.0",
         "`rank_gate` must be one of ['ste', 'hard_concrete'], got 'soft'",
         "`init_weights` must be True, False, 'lora' or 'adalora', got 'gauss'",
@@ -48,11 +52,21 @@ def test_all_problems_are_reported_together() -> None:
 def test_groups_of_inputs_need_groups_of_the_weight() -> None:
     with pytest.raises(ValueError, match="`input_granularity`='group' needs granularity='group', got 'channel'"):
         BayesianLoraConfig(input_granularity="group", granularity="channel")
-    config = BayesianLoraConfig(input_granularity="group", granularity="group", group_size=4, scale_bits=8)
+    config = BayesianLoraConfig(
+        quantizers=["weight", "input"], input_granularity="group", granularity="group", group_size=4, scale_bits=8
+    )
     assert config.layout_of(Site.INPUT) == RangeLayout(Granularity.GROUP, 4)
     assert config.layout_of(Site.WEIGHT) == RangeLayout(Granularity.GROUP, 4, 8)
     assert config.layout_of(Site.OUTPUT) == PER_TENSOR
     assert BayesianLoraConfig(granularity="group").layout_of(Site.INPUT) == PER_TENSOR
+
+
+@pytest.mark.parametrize("setting", [{"activation_ranges": "affine"}, {"input_granularity": "group"}])
+def test_what_is_about_inputs_needs_their_quantizer(setting) -> None:
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"`{name}`='.*' is about inputs, .*: add 'input' to quantizers"):
+        BayesianLoraConfig(granularity="group", quantizers=["weight"], **setting)
+    BayesianLoraConfig(granularity="group", placement="merged", **setting)
 
 
 @pytest.mark.parametrize(

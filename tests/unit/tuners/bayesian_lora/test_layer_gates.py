@@ -138,3 +138,20 @@ def test_the_mean_gradient_of_a_sampled_share_is_that_of_sampling_all() -> None:
         return gates.bit_logits.grad.mean().item()
 
     assert mean_gradient(0.2) == pytest.approx(mean_gradient(1.0), rel=0.05)
+
+
+def test_whether_anything_is_rounded_is_no_question_to_the_device_in_a_pass() -> None:
+    gates = _gates(RankGate.HARD_CONCRETE)
+    gates.stand(stands=True, measures=False)
+
+    def rounds(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if gates.rounds else x
+
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(rounds, backend="eager", fullgraph=True)(x), x)
+    gates.load_state_dict({**gates.state_dict(), "bit_logits": torch.full((3, 4), -4.0)})
+    assert gates.rounds
+    gates.load_state_dict({**gates.state_dict(), "bit_logits": torch.full((3, 4), 4.0)})
+    assert not gates.rounds
+    gates.stand(stands=True, measures=True)
+    assert gates.rounds
