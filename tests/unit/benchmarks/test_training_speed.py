@@ -3,10 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from peft import get_peft_model
 from torch import nn
 
 from rankbits import BayesianLoraConfig
+from rankbits.tuners.bayesian_lora import learning_adapters
 
 
 @pytest.fixture
@@ -52,15 +54,18 @@ def test_phases_are_those_of_the_recipe_and_weighted_as_in_a_run(study):
         assert list(shares) == list(study.sides.MOMENTS[variant])
 
 
-@pytest.mark.parametrize("variant", ["q-ra", "affine", "descent", "ra"])
+@pytest.mark.parametrize("variant", ["q-ra", "affine16", "affine", "descent", "ra"])
 def test_what_is_timed_is_the_phase_that_it_is_called_after(study, variant):
     model = nn.Sequential(nn.Linear(64, 64))
     adapter = {"learn_bits": False} if variant == "ra" else {"quantizers": ["weight"]}
     model = get_peft_model(model, BayesianLoraConfig(r=4, target_modules=["0"], **adapter))
-    budget = "rank=2" if variant == "ra" else "bits=4"
+    budget = "rank=2" if variant == "ra" else "bits=8"
     recipe = study.sides.recipe(variant, (f"gates.budget={budget}",))
     schedule = study.sides.gate_schedule(recipe, model, study.sides.TOTAL_STEPS)
     for moment, completed in study.sides.MOMENTS[variant].items():
+        if moment == "fixed":
+            for _, _, gates in learning_adapters(model):
+                gates.bit_logits.data.copy_(torch.tensor(study.sides.FIXED_LOGITS))
         schedule.restore(completed)
         phase = schedule.phase()
         found = "fixed" if phase.fixed else "measuring" if phase.measures else "standing" if phase.stands else "sampled"
