@@ -168,9 +168,14 @@ def expectation(shape: ModelShape, spec: MethodSpec, options: CountOptions, budg
         budget: what is allowed.
 
     Raises:
-        RecipeError: the budget is out of reach, with what can be reached; or the method has no quantizers to meet it.
+        RecipeError: the budget is out of reach, with what can be reached; or the method has no quantizers or no learned
+            ranks to meet it.
     """
     if budget.quantity is Quantity.RANK:
+        if not spec.learn_rank or spec.rank < 2:
+            raise RecipeError(
+                f"budget {budget} cannot be met: no rank has a gate; expected learn_rank=True and r of at least 2"
+            )
         _check(budget, 1.0, float(spec.rank), floor="rank 1")
         return Expectation(1.0, float(spec.rank), None, min(budget.limit, float(spec.rank)))
     if not spec.sites:
@@ -179,9 +184,11 @@ def expectation(shape: ModelShape, spec: MethodSpec, options: CountOptions, budg
             "that could meet it"
         )
     measure = _measure(shape, options, budget)
-    low = measure(_uniform(shape, replace(spec, rank=1), WIDTHS[0]))
     costs = [measure(_uniform(shape, spec, width)) for width in WIDTHS]
-    _check(budget, low, costs[-1], floor="2 bits and rank 1")
+    # A mean over weights can rise when a layer gives up narrow ones.
+    low = min(costs[0], measure(_uniform(shape, _at_rank(spec, 1), WIDTHS[0]))) if spec.learn_rank else costs[0]
+    reads_floats = "input" not in spec.sites and not quantized_heads(shape, spec)
+    _check(budget, low, costs[-1], floor="2 bits and rank 1", reads_floats=reads_floats)
     return Expectation(low, costs[-1], *_mixture(shape, spec, costs, budget.limit, measure))
 
 
@@ -261,9 +268,13 @@ def _bytes_share(shape: ModelShape, spec: MethodSpec, reference_bits: int) -> fl
     return size_bytes / base
 
 
-def _check(budget: Budget, low: float, high: float, *, floor: str) -> None:
-    if budget.limit < low:
-        raise RecipeError(
-            f"budget {budget.quantity.value}={budget.limit:g} cannot be met: with {floor} everywhere it is {low:.4g}, "
-            f"with all gates open {high:.4g}; expected a limit between them"
-        )
+def _check(budget: Budget, low: float, high: float, *, floor: str, reads_floats: bool = False) -> None:
+    if low <= budget.limit <= high:
+        return
+    advice = ""
+    if budget.limit < low and budget.quantity is Quantity.BOPS and reads_floats:
+        advice = '. No input has a quantizer, so each counts 32 bits: add "input" to quantizers'
+    raise RecipeError(
+        f"budget {budget} cannot be met: with {floor} everywhere it is {low:.4g}, with all gates open {high:.4g}; "
+        f"expected a limit between them{advice}"
+    )

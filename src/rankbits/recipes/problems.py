@@ -81,6 +81,16 @@ def valid_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     return keys
 
 
+def shown(given: object) -> str:
+    """A value as messages quote it: nothing, a text, or JSON of at most 100 characters."""
+    if given is _ABSENT or given is None:
+        return "nothing"
+    if isinstance(given, str):
+        return f"the text {given!r}"
+    text = json.dumps(given, default=str)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
 def _key_and_field(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[str, FieldInfo | None]:
     # A location goes on inside unions and lists; the key ends where the schema's fields end.
     parts: list[str] = []
@@ -115,8 +125,8 @@ def _unknown(key: str, schema: type[BaseModel]) -> str:
 def _given(raw: Mapping[str, Any], key: str, detail: Mapping[str, Any]) -> str:
     value = value_at(raw, key)
     if not is_absent(value) or detail["type"] in _NOTHING_GIVEN:
-        return _shown(value)
-    return f"{_shown(detail['input'])} (the default)"
+        return shown(value)
+    return f"{shown(detail['input'])} (the default)"
 
 
 def _expected(field: FieldInfo, detail: Mapping[str, Any]) -> str:
@@ -128,12 +138,3 @@ def _expected(field: FieldInfo, detail: Mapping[str, Any]) -> str:
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
     return field.description or str(detail["msg"])
-
-
-def _shown(given: object) -> str:
-    if given is _ABSENT or given is None:
-        return "nothing"
-    if isinstance(given, str):
-        return f"the text {given!r}"
-    text = json.dumps(given, default=str)
-    return text if len(text) <= 100 else text[:97] + "..."

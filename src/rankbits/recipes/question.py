@@ -23,6 +23,7 @@ from rankbits.accounting.spec import Method, MethodSpec, ModelShape
 from rankbits.accounting.widths import FLOAT, FOUR_BIT_BASES
 from rankbits.embedded import locate
 from rankbits.errors import RecipeError
+from rankbits.recipes.budgets import budgets_of
 from rankbits.recipes.catalogue import EMBEDDED_MODELS
 from rankbits.recipes.counted import base_of, grids_of, in_full_with, own_sites, spec_of, targets_of
 from rankbits.recipes.fields import STRICT, Count, Text
@@ -174,14 +175,6 @@ class Question:
     settings: TrainingSettings
     options: CountOptions
     budget: Budget | None = None
-
-
-def budgets_of(recipe: Recipe) -> list[Budget]:
-    """The budgets of a recipe, at its task's longest rows."""
-    gates = recipe.gates
-    texts = [gates.budget] if isinstance(gates.budget, str) else gates.budget or []
-    length = recipe.task.max_length
-    return [parse_budget(text, gates.reference_bits, sequence_length=length, scope=gates.scope) for text in texts]
 
 
 def from_recipe(recipe: Recipe, budget: str | None = None) -> Question:

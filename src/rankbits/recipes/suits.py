@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from itertools import chain
 
 from rankbits.accounting.mora import BLOCKWISE
+from rankbits.recipes.budgets import contradicted
+from rankbits.recipes.grids import misplaced
 from rankbits.recipes.problems import Problem
 from rankbits.recipes.schema import Recipe
 from rankbits.recipes.sizes import sbora_variant
@@ -16,7 +18,7 @@ def unsuited(recipe: Recipe) -> list[Problem]:
 
     Settings of other methods are no problem, so that one recipe serves several; they are not read.
     """
-    checks = (_start, _budget, _groups, _mora, _sbora, _dylora, _adalora, _prefix)
+    checks = (_start, _budget, _gates, _mora, _sbora, _dylora, _adalora, _prefix)
     return list(chain.from_iterable(check(recipe) for check in checks))
 
 
@@ -42,14 +44,10 @@ def _budget(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-def _groups(recipe: Recipe) -> Iterator[Problem]:
-    granularity = recipe.adapter.granularity
-    if recipe.method == "bayesian-lora" and recipe.adapter.input_granularity == "group" != granularity:
-        yield Problem(
-            "adapter.input_granularity",
-            f"given the text 'group', expected tensor with adapter.granularity={granularity}: inputs share the groups "
-            "of the weight",
-        )
+def _gates(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.method == "bayesian-lora":
+        yield from misplaced(recipe)
+        yield from contradicted(recipe)
 
 
 def _mora(recipe: Recipe) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from rankbits.errors import RecipeError, ScheduleError
-from rankbits.recipes.question import budgets_of
+from rankbits.recipes.budgets import budgets_of
 from rankbits.recipes.schema import Recipe
 from rankbits.training.adalora_callback import AdaloraCallback
 from rankbits.training.adalora_schedule import AdaloraSchedule
@@ -68,7 +68,7 @@ def gate_schedule(recipe: Recipe, model: PeftModel, total_steps: int) -> GateSch
         return GateSchedule(
             model,
             total_steps,
-            budget=budgets_of(recipe),
+            budget=budgets_of(recipe) or None,
             allocation=gates.allocation,
             lambda_q=gates.lambda_q,
             lambda_r=gates.lambda_r,

@@ -96,7 +96,7 @@ def budgets_of(given: BudgetLike | None) -> tuple[Budget, ...]:
     """The budgets that a text, a budget or several of them name. ScheduleError for anything else."""
     if given is None:
         return ()
-    listed = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    listed: list[Any] = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     for entry in listed or [given]:
         if not isinstance(entry, (str, Budget)):
             raise ScheduleError(f"budget: given {entry!r}, expected a text such as 'bits=4', or a rankbits.Budget")
@@ -270,9 +270,9 @@ class BudgetController:
         for state in self.states(completed_steps):
             if state.cost > state.budget.limit:
                 raise ScheduleError(
-                    f"budget {state.budget}: after {completed_steps} steps the gates cost {state.cost:.4g}, though this "
-                    f"schedule was to choose them at step {chosen_at}: they were trained without it, or with other "
-                    "phases; expected those of the run that is resumed, or a new beginning"
+                    f"budget {state.budget}: after {completed_steps} steps the gates cost {state.cost:.4g}, though "
+                    f"this schedule was to choose them at step {chosen_at}: they were trained without it, or with "
+                    "other phases; expected those of the run that is resumed, or a new beginning"
                 )
 
     def _replace(self, before: GateLogits, after: GateLogits) -> None:

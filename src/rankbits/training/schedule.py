@@ -13,8 +13,6 @@ from torch import nn
 
 from rankbits.accounting.budget import Budget
 from rankbits.errors import RankbitsWarning, ScheduleError
-from rankbits.gates import chain, hard_concrete
-from rankbits.quant.grid import bits_of_gates
 from rankbits.quant.quantizer import Quantizer
 from rankbits.training.budget import (
     Allocation,
@@ -298,8 +296,8 @@ class GateSchedule:
                 sizes = layer.macs_per_row(name)
             if self.largest_stored is not None:
                 sizes = layer.stored_numbers(name)
-            found = bits_of_gates(chain.hard(hard_concrete.is_open(gates.bit_logits.detach()))).tolist()
-            widths += [int(bits) for bits, size in zip(found, sizes, strict=True) if size]
+            is_open = gates.values(hard=True).widths.sum(dim=1).tolist()  # each doubles two bits
+            widths += [2 << count for count, size in zip(is_open, sizes, strict=True) if size]
         return widths
 
     def state_dict(self) -> dict[str, Any]:

@@ -198,8 +198,8 @@ def _features(base: nn.Module, key: str, *, quantized: bool) -> tuple[int, int]:
         return int(base.weight.shape[0]), int(base.weight.shape[1])
     if isinstance(base, nn.Linear) and not quantized and base.weight.dtype not in FLOATS:
         raise TypeError(
-            f"target module {key!r} is a {type(base).__name__} with a weight of {base.weight.dtype}, which is on a grid "
-            f"of its own that PEFT does not know: expected a weight of {', '.join(map(str, FLOATS))}"
+            f"target module {key!r} is a {type(base).__name__} with a weight of {base.weight.dtype}, which is on a "
+            f"grid of its own that PEFT does not know: expected a weight of {', '.join(map(str, FLOATS))}"
         )
     if isinstance(base, nn.Linear) or quantized:
         return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]

@@ -86,8 +86,9 @@ def test_below_two_bits_at_full_rank_ranks_are_given_up() -> None:
     assert (found.mean_bits, found.mean_rank) == (2.0, 2.0)
 
 
-def test_a_loose_budget_leaves_all_gates_open() -> None:
-    found = expectation(SHAPE, SPEC, OPTIONS, Budget(Quantity.BOPS, 99.0))
+@pytest.mark.parametrize("budget", [Budget(Quantity.BITS, 32.0), Budget(Quantity.BOPS, _share_at(32, 4))])
+def test_a_budget_of_what_open_gates_cost_leaves_them_open(budget: Budget) -> None:
+    found = expectation(SHAPE, SPEC, OPTIONS, budget)
     assert (found.mean_bits, found.mean_rank) == (32.0, 4.0)
 
 
@@ -128,11 +129,45 @@ def test_a_rank_is_met_by_that_rank() -> None:
         (Budget(Quantity.BITS, 1.5), r"bits=1.5 cannot be met: .* it is 2, with all gates open 32"),
         (Budget(Quantity.BYTES, 0.01), "bytes=0.01 cannot be met"),
         (Budget(Quantity.RANK, 0.5), "rank=0.5 cannot be met: with rank 1 everywhere it is 1, .* 4"),
+        (Budget(Quantity.BITS, 64.0), r"bits=64 cannot be met: .* it is 2, with all gates open 32; expected a limit"),
+        (Budget(Quantity.BOPS, 99.0), "bops=99 cannot be met"),
+        (Budget(Quantity.RANK, 99.0), "rank=99 cannot be met: with rank 1 everywhere it is 1, with all gates open 4"),
     ],
 )
 def test_what_is_out_of_reach_is_refused_with_what_can_be_reached(budget: Budget, reason: str) -> None:
     with pytest.raises(RecipeError, match=reason):
         expectation(SHAPE, SPEC, OPTIONS, budget)
+
+
+def test_where_inputs_keep_32_bits_a_budget_that_is_too_small_says_so() -> None:
+    hint = r'\. No input has a quantizer, so each counts 32 bits: add "input" to quantizers$'
+    weights = replace(SPEC, sites=SITES[:-1])
+    with pytest.raises(RecipeError, match=hint):
+        expectation(SHAPE, weights, OPTIONS, Budget(Quantity.BOPS, 0.1))
+    for spec, budget in (
+        (SPEC, Budget(Quantity.BOPS, 0.001)),
+        (weights, Budget(Quantity.BOPS, 99.0)),
+        (weights, Budget(Quantity.BITS, 1.0)),
+    ):
+        with pytest.raises(RecipeError, match=r"expected a limit between them$"):
+            expectation(SHAPE, spec, OPTIONS, budget)
+
+
+def test_ranks_that_are_not_learned_are_not_given_up() -> None:
+    fixed = replace(SPEC, learn_rank=False)
+    for spec, limit in ((fixed, 2.0), (replace(SPEC, rank=1), 1.0)):
+        with pytest.raises(RecipeError, match="cannot be met: no rank has a gate; expected learn_rank=True and r of"):
+            expectation(SHAPE, spec, OPTIONS, Budget(Quantity.RANK, limit))
+    assert expectation(SHAPE, fixed, OPTIONS, Budget(Quantity.BOPS, 0.3)).low == pytest.approx(_share_at(2, 4))
+    with pytest.raises(RecipeError, match="cannot be met"):
+        expectation(SHAPE, fixed, OPTIONS, Budget(Quantity.BOPS, _share_at(2, 2)))
+
+
+def test_a_mean_over_weights_is_least_with_all_ranks_if_factors_alone_are_narrow() -> None:
+    factors = replace(SPEC, sites=("down", "diagonal", "up"))
+    weights, rest = 4096 + 2048, 4 * (64 + 64 + 64 + 32 + 2)
+    found = expectation(SHAPE, factors, OPTIONS, Budget(Quantity.BITS, 31.0))
+    assert found.low == pytest.approx((weights * 32 + rest * 2) / (weights + rest))
 
 
 def test_a_method_without_quantizers_cannot_meet_a_budget_of_bits() -> None:

@@ -250,7 +250,8 @@ def test_how_tensors_are_rounded_reaches_the_adapter_and_the_work() -> None:
     later = {"code_range": "full", "scale_bits": 16, "activation_ranges": "fitted", "input_granularity": "group"}
     for name, new in later.items():
         one, other = (
-            load("quickstart", ["adapter.granularity=group", f"adapter.{name}={g}"]) for g in (new, usual[name])
+            load("quickstart", ["adapter.granularity=group", "adapter.quantizers=[input]", f"adapter.{name}={g}"])
+            for g in (new, usual[name])
         )
         assert work_of(one)["adapter"].pop(name) == new
         assert name not in work_of(other)["adapter"]
