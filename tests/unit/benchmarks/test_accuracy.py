@@ -508,14 +508,14 @@ def test_learned_widths_are_compared_where_permuted_and_uniform_ones_are_run(stu
     tables, points, earlier = study.load("tables"), study.load("points"), study.load("earlier")
     outcomes_are({point.name: 80.0 for point in (*points.POINTS, *earlier.POINTS)})
     same = "80.00 ± 0.00 | 80.00 ± 0.00 | +0.00 [+0.00, +0.00] | 0.50 ± 0.00 |"
-    for rows, others in (
-        (tables.allocations(), ("permuted", "uniform w2a8", "uniform w4a4")),
-        (tables.earlier_allocations(), ("permuted", "uniform w2a8", "uniform w4a8")),
-    ):
-        for task in points.CURVE_TASKS:
-            for other in others:
-                assert any(row.startswith(f"| {task} | {other} | {same}") for row in rows)
-    assert any(row.startswith("| mrpc | uniform w8a8 | 80.00 | 80.00 | +0.00 |") for row in tables.allocations())
+    now, then = tables.allocations(), tables.earlier_allocations()
+    for other in ("permuted", "uniform w2a8", "uniform w4a4"):
+        assert any(row.startswith(f"| stsb | {other} | {same}") for row in now)
+        assert any(row.startswith(f"| mrpc | {other} | 80.00 | 80.00 | +0.00 |") for row in now)
+    assert any(row.startswith("| mrpc | uniform w4a8 | 80.00 | 80.00 | +0.00 |") for row in now)
+    for task in points.CURVE_TASKS:
+        for other in ("permuted", "uniform w2a8", "uniform w4a8"):
+            assert any(row.startswith(f"| {task} | {other} | {same}") for row in then)
 
 
 def test_what_is_won_back_is_the_share_of_what_rounding_loses(study, outcomes_are) -> None:
