@@ -31,7 +31,7 @@ NARROW, BYTES = 0.125, 0.3
 REFERENCE_BITS = 16
 """Of what budgets are shares of."""
 EQUAL_WIDTHS = {0.125: ((4, 8),), 0.0625: ((2, 8), (4, 4))}
-"""Bits of all weights and of all inputs that cost exactly a budget; at 0.25 they are W8A8, and q + ra learns just that."""
+"""Bits of all weights and of all inputs that cost exactly a budget. At 0.25 it is W8A8, which q + ra learns."""
 VARIANTS = ("q", "q-ra")
 PLACEMENTS = ("separate", "merged")
 DEFAULT_PLACEMENT = "merged"
