@@ -72,7 +72,7 @@ def claims(make: Make, lora: Make, budget: float) -> tuple[list[list[str]], list
         difference = differences(task, make, lora)
         if difference is None:
             continue
-        mine, theirs = (list(side) for side in zip(*pairs(task, make, lora), strict=True))
+        mine, theirs = zip(*pairs(task, make, lora), strict=True)
         means.append(difference.mean)
         scores, losses = ([spreads(side, field) for side in (theirs, mine)] for field in ("score", "loss"))
         costs = [percent(getattr(o, field) for o in mine) for field in ("bops", "weight_bytes", "whole")]

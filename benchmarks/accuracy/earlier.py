@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from points import (
-    BYTES,
     CLAIMED,
     CURVE_TASKS,
     DEFAULT_PLACEMENT,
@@ -52,12 +51,12 @@ SCATTERED = "cola"
 """Its first seed lost five points at `NARROW`; it got the other seeds, too, to see what that says."""
 UNIFORM = {NARROW: (4, 8), TIGHT: (2, 8)}
 CHANGES = {
-    f"lr{OUR_RATE}": (),
-    "warmup0.7": LATE,
-    "full-codes": ("adapter.code_range=full",),
-    "range-rate1e-3": ("gates.range_learning_rate=0.001",),
+    f"lr{OUR_RATE}": (MAIN_TASKS, ()),
+    "warmup0.7": (MAIN_TASKS, LATE),
+    "full-codes": (("stsb",), ("adapter.code_range=full",)),
+    "range-rate1e-3": (("stsb",), ("gates.range_learning_rate=0.001",)),
 }
-"""What was changed on rows held out of training: the first two on all main tasks, the others on STS-B."""
+"""Name to the tasks on whose held out rows something was changed, and to what."""
 
 
 def ours(placement: str) -> tuple[str, ...]:
@@ -98,12 +97,11 @@ def permuted(task: str, budget: float, seed: int) -> Point:
 
 def choices() -> list[Point]:
     """Runs on rows held out of training, LoRA among them."""
-    budget = f"gates.budget=[bops={NARROW:g},bytes={BYTES:g}]"
     points = [held_out(t, f"lora-development-lr{LEARNING_RATE}", LEARNING_RATE, "method=lora") for t in MAIN_TASKS]
     return points + [
-        held_out(task, f"q-ra-development-{name}", OUR_RATE, *ours(DEFAULT_PLACEMENT), budget, *changes)
-        for index, (name, changes) in enumerate(CHANGES.items())
-        for task in (MAIN_TASKS if index < 2 else ("stsb",))
+        held_out(task, f"q-ra-development-{name}", OUR_RATE, *ours(DEFAULT_PLACEMENT), limits(NARROW), *changes)
+        for name, (tasks, changes) in CHANGES.items()
+        for task in tasks
     ]
 
 

@@ -170,6 +170,10 @@ def _fixed(widths: tuple[int, int]) -> Make:
     return lambda task, seed: points.uniform(task, widths, seed)
 
 
+def _coarsely_fixed(widths: tuple[int, int]) -> Make:
+    return lambda task, seed: earlier.uniform(task, widths, seed)
+
+
 def allocations() -> list[str]:
     """Learned minus permuted and minus uniform, paired by seed."""
     others = [("permuted", _ours(TIGHT), lambda task, seed: points.permuted(task, TIGHT, seed))]
@@ -180,9 +184,9 @@ def allocations() -> list[str]:
 def earlier_allocations() -> list[str]:
     """The same in groups of 64."""
     others = [("permuted", _coarse(TIGHT), lambda task, seed: earlier.permuted(task, TIGHT, seed))]
-    for budget, widths in earlier.UNIFORM.items():
-        theirs = lambda task, seed, widths=widths: earlier.uniform(task, widths, seed)  # noqa: E731
-        others.append((_width_name(widths), _coarse(budget), theirs))
+    others += [
+        (_width_name(widths), _coarse(budget), _coarsely_fixed(widths)) for budget, widths in earlier.UNIFORM.items()
+    ]
     return _against(others)
 
 

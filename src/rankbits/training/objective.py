@@ -66,7 +66,7 @@ def _loss(adapters: list[tuple[GatedLayer, str, LayerGates]]) -> Tensor:
             continue
         widths, ranks = gates.width_probabilities(), gates.rank_probabilities()
         if widths is not None and phase.lambda_q:
-            terms.append(phase.lambda_q * bit_penalty(widths, _on(widths, _weights(layer, name, phase))))
+            terms.append(phase.lambda_q * bit_penalty(widths, _on(widths, link_weights(layer, name, phase))))
         if ranks is not None and phase.lambda_r:
             terms.append(phase.lambda_r * rank_penalty(ranks))
         if phase.pressure is not None:
@@ -76,8 +76,8 @@ def _loss(adapters: list[tuple[GatedLayer, str, LayerGates]]) -> Tensor:
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 
-def _weights(layer: GatedLayer, name: str, phase: GatePhase) -> Tensor | float:
-    """Cost of each link of a layer's width gates."""
+def link_weights(layer: GatedLayer, name: str, phase: GatePhase) -> Tensor | float:
+    """Cost of each link of a layer's width gates: [sites, 4], or one number for all."""
     if phase.largest_stored is not None:
         return size_weights(layer.stored_numbers(name), phase.largest_stored)
     return 1.0 if phase.largest_macs is None else size_weights(layer.macs_per_row(name), phase.largest_macs)

@@ -9,7 +9,7 @@ from math import isfinite
 from numbers import Integral
 from typing import Any, Unpack
 
-from torch import nn
+from torch import Tensor, nn
 
 from rankbits.accounting.budget import Budget
 from rankbits.errors import RankbitsWarning, ScheduleError
@@ -22,6 +22,7 @@ from rankbits.training.budget import (
     allocation_of,
     budgets_of,
 )
+from rankbits.training.objective import link_weights
 from rankbits.training.processes import Reduction, agree
 from rankbits.training.replay import Replay
 from rankbits.training.weighting import Penalty, PenaltyOptions, PenaltyReduction, PenaltyWeighting
@@ -232,10 +233,10 @@ class GateSchedule:
         """
         if not 0 <= completed_steps <= self.total_steps:
             raise ScheduleError(f"completed_steps must be in [0, {self.total_steps}], got {completed_steps}")
-        self.completed_steps = completed_steps
         if self.controller is not None:
-            self.controller.resume()
             self.controller.refuse_undecided(completed_steps)
+            self.controller.resume()
+        self.completed_steps = completed_steps
         self._enter()
         self.replay.resume(completed_steps)
 
@@ -287,17 +288,11 @@ class GateSchedule:
 
     def _priced_widths(self) -> list[int]:
         """The width of each quantizer that a penalty by size has a price for; of all if it has one price for all."""
-        widths = []
+        widths: list[int] = []
         for layer, name, gates in self._adapters():
-            if gates.bit_logits is None:
-                continue
-            sizes = [1] * len(gates.bit_logits)
-            if self.largest_macs is not None:
-                sizes = layer.macs_per_row(name)
-            if self.largest_stored is not None:
-                sizes = layer.stored_numbers(name)
-            is_open = gates.values(hard=True).widths.sum(dim=1).tolist()  # each doubles two bits
-            widths += [2 << count for count, size in zip(is_open, sizes, strict=True) if size]
+            found = 2 << gates.values(hard=True).widths.sum(dim=1).cpu()  # [sites]; each open gate doubles two bits
+            weights = link_weights(layer, name, self.phase())
+            widths += (found[weights[:, 0] > 0] if isinstance(weights, Tensor) else found).tolist()
         return widths
 
     def state_dict(self) -> dict[str, Any]:

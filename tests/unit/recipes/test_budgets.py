@@ -63,12 +63,6 @@ def test_a_budget_that_does_not_suit_the_model_is_an_error_of_the_recipe(changes
         gate_schedule(load("quickstart", changes), model, 40)
 
 
-def _refused(*changes: str) -> list[str]:
-    with pytest.raises(RecipeError) as caught:
-        load("quickstart", changes)
-    return [line.strip() for line in str(caught.value).splitlines()[1:]]
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -101,8 +95,8 @@ def _refused(*changes: str) -> list[str]:
         ),
     ],
 )
-def test_a_budget_that_no_model_could_meet_is_refused_when_it_is_read(changes: list[str], said: str) -> None:
-    (problem,) = _refused(*changes)
+def test_a_budget_that_no_model_could_meet_is_refused_when_it_is_read(problems_of, changes, said) -> None:
+    (problem,) = problems_of(*changes)
     assert said in problem
 
 
@@ -133,8 +127,8 @@ def test_a_budget_that_no_model_could_meet_is_refused_when_it_is_read(changes: l
         ),
     ],
 )
-def test_a_penalty_that_a_budget_leaves_no_place_for_is_refused(changes: list[str], said: str) -> None:
-    (problem,) = _refused(*changes)
+def test_a_penalty_that_a_budget_leaves_no_place_for_is_refused(problems_of, changes, said) -> None:
+    (problem,) = problems_of(*changes)
     assert said in problem
 
 
@@ -162,8 +156,8 @@ def test_a_penalty_that_a_budget_leaves_no_place_for_is_refused(changes: list[st
         ),
     ],
 )
-def test_a_budget_needs_steps_in_which_gates_are_chosen(changes: list[str], said: str) -> None:
-    (problem,) = _refused(*changes)
+def test_a_budget_needs_steps_in_which_gates_are_chosen(problems_of, changes, said) -> None:
+    (problem,) = problems_of(*changes)
     assert said in problem
 
 

@@ -6,7 +6,6 @@ from itertools import product
 import pytest
 
 from rankbits import BayesianLoraConfig
-from rankbits.errors import RecipeError
 from rankbits.recipes.load import load
 
 CHOICES = {
@@ -19,12 +18,6 @@ CHOICES = {
     "input_granularity": ("tensor", "group"),
     "quantize_head": (False, True),
 }
-
-
-def _problems(*changes: str) -> list[str]:
-    with pytest.raises(RecipeError) as caught:
-        load("quickstart", changes)
-    return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
 
 @pytest.mark.parametrize(
@@ -56,8 +49,8 @@ def _problems(*changes: str) -> list[str]:
         ),
     ],
 )
-def test_quantizers_that_have_nothing_to_round_are_refused(changes: list[str], said: str) -> None:
-    (problem,) = _problems(*changes)
+def test_quantizers_that_have_nothing_to_round_are_refused(problems_of, changes, said) -> None:
+    (problem,) = problems_of(*changes)
     assert said in problem
 
 
@@ -66,13 +59,13 @@ def test_other_methods_have_no_quantizers_to_refuse() -> None:
     load("quickstart", ["method=lora", "adapter.rounding=compensated", "adapter.quantizers=[input]"])
 
 
-def test_exactly_what_an_adapter_refuses_is_refused() -> None:
+def test_exactly_what_an_adapter_refuses_is_refused(problems_of) -> None:
     for chosen in product(*CHOICES.values()):
         asked = dict(zip(CHOICES, chosen, strict=True))
         changes = [f"adapter.{name}={json.dumps(value)}" for name, value in asked.items()]
         try:
             BayesianLoraConfig(**asked)
         except ValueError:
-            assert _problems(*changes)
+            assert problems_of(*changes)
         else:
             load("quickstart", changes)

@@ -312,10 +312,11 @@ def test_going_on_behind_the_step_that_chooses_needs_gates_that_were_chosen(adap
         return GateSchedule(adapted(), 40, budget="bits=4", allocation=allocation)
 
     start().restore(chosen_at - 1)
+    schedule = start()
     for completed in (chosen_at, 40):
         with pytest.raises(ScheduleError, match=rf"bits=4: after {completed} steps the gates cost 32.* {chosen_at}: "):
-            start().restore(completed)
-    schedule = start()
+            schedule.restore(completed)
+        assert schedule.completed_steps == 0
     with torch.no_grad():
         for _, _, gates in learning_adapters(schedule.model):
             gates.bit_logits.fill_(-4.0)

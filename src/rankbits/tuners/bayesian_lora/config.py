@@ -231,7 +231,7 @@ class BayesianLoraConfig(PeftConfig):
         if not is_integer(self.r) or self.r < 1:
             problems.append(f"`r` must be a positive integer, got {self.r!r}")
         if not 0.0 < self.alpha < math.inf:
-            problems.append(f"`alpha` must be > 0, got {self.alpha}")
+            problems.append(f"`alpha` must be > 0 and finite, got {self.alpha}")
         if not 0.0 <= self.dropout < 1.0:
             problems.append(f"`dropout` must be in [0, 1), got {self.dropout}")
         if not is_integer(self.calibration_passes) or self.calibration_passes < 0:

@@ -30,7 +30,7 @@ def test_all_problems_are_reported_together() -> None:
         )
     expected = [
         "`r` must be a positive integer, got 0",
-        "`alpha` must be > 0, got nan",
+        "`alpha` must be > 0 and finite, got nan",
         "`dropout` must be in [0, 1), got 1.0",
         "`calibration_passes` must be an integer >= 0, got 2.5",
         "`group_size` must be a positive integer, got 8.0",
@@ -47,6 +47,21 @@ def test_all_problems_are_reported_together() -> None:
     message = str(failure.value)
     assert [text for text in expected if text not in message] == []
     assert message.count("; ") >= len(expected) - 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"alpha": -1.0}, "`alpha` must be > 0 and finite, got -1.0"),
+        ({"alpha": float("inf")}, "`alpha` must be > 0 and finite, got inf"),
+        ({"calibration_passes": -1}, "`calibration_passes` must be an integer >= 0, got -1"),
+        ({"group_size": 0}, "`group_size` must be a positive integer, got 0"),
+        ({"weight_gradient_rows": 0}, "`weight_gradient_rows` must be a positive integer or None, got 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(setting, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        BayesianLoraConfig(**setting)
 
 
 def test_groups_of_inputs_need_groups_of_the_weight() -> None:
