@@ -290,6 +290,8 @@ class GateSchedule:
         """The width of each quantizer that a penalty by size has a price for; of all if it has one price for all."""
         widths: list[int] = []
         for layer, name, gates in self._adapters():
+            if gates.bit_logits is None:
+                continue
             found = 2 << gates.values(hard=True).widths.sum(dim=1).cpu()  # [sites]; each open gate doubles two bits
             weights = link_weights(layer, name, self.phase())
             widths += (found[weights[:, 0] > 0] if isinstance(weights, Tensor) else found).tolist()
