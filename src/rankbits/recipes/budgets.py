@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from math import inf
 
-from rankbits.accounting.budget import Budget, Quantity, Scope, parse_budget
+from rankbits.accounting.budget import WIDTHS, Budget, Quantity, Scope, parse_budget
 from rankbits.recipes.grids import learned_sites, quantizers_as_said
 from rankbits.recipes.problems import Problem
-from rankbits.recipes.schema import Recipe
+from rankbits.recipes.schema import GatesSection, Recipe
 
 
 def budgets_of(recipe: Recipe) -> list[Budget]:
@@ -23,7 +24,7 @@ def contradicted(recipe: Recipe) -> Iterator[Problem]:
     """What training would refuse, or ignore, of a recipe for learned gates, whatever its model: problems with keys."""
     budgets = budgets_of(recipe)
     if budgets:
-        checks = (_repeated, _without_gates, _scope, _penalties, _steps)
+        checks = (_repeated, _without_gates, _limits, _scope, _penalties, _unfelt, _steps)
         yield from chain.from_iterable(check(recipe, budgets) for check in checks)
     elif recipe.gates.allocation == "evidence":
         yield Problem(
@@ -58,6 +59,24 @@ def _unmeetable(recipe: Recipe, limited: str, cause: str, what: str) -> Problem:
     return Problem("gates.budget", f"{given}: no {what} could meet it")
 
 
+def _limits(recipe: Recipe, budgets: Sequence[Budget]) -> Iterator[Problem]:
+    """Limits that no model could meet; the shares that one model reaches are not known before it is."""
+    narrowest, widest = WIDTHS[0], WIDTHS[-1]
+    for budget in budgets:
+        reference = budget.reference_bits
+        low, high = {
+            Quantity.BITS: (narrowest, widest),
+            Quantity.RANK: (1, recipe.adapter.r),
+            Quantity.BYTES: (narrowest / reference, inf),
+            Quantity.BOPS: (narrowest**2 / reference**2, inf),
+        }[budget.quantity]
+        if not low <= budget.limit <= high:
+            wanted = f"at least {low:.6g}" if high == inf else f"{low} to {high}"
+            yield Problem(
+                "gates.budget", f"given {recipe.gates.budget!r}, expected {budget.quantity.value} of {wanted}"
+            )
+
+
 def _scope(recipe: Recipe, budgets: Sequence[Budget]) -> Iterator[Problem]:
     if recipe.gates.scope == Scope.MODEL.value and all(budget.quantity is not Quantity.BOPS for budget in budgets):
         yield Problem(
@@ -82,6 +101,20 @@ def _penalties(recipe: Recipe, budgets: Sequence[Budget]) -> Iterator[Problem]:
                 f"given {given:g}, expected 0 or null {_beside(recipe)}, or gates.allocation=descent: by evidence all "
                 "gates are chosen when the warm-up ends, before a penalty acts",
             )
+
+
+def _unfelt(recipe: Recipe, budgets: Sequence[Budget]) -> Iterator[Problem]:
+    """What describes a penalty where none ever acts."""
+    gates, plain = recipe.gates, GatesSection()
+    if _by_evidence(recipe, budgets):
+        for name in ("weighting", "reduction"):
+            given, usual = getattr(gates, name), getattr(plain, name)
+            if given != usual:
+                yield Problem(
+                    f"gates.{name}",
+                    f"given {given!r}, expected {usual} {_beside(recipe)}, or gates.allocation=descent: by evidence "
+                    "all gates are chosen when the warm-up ends, before a penalty acts",
+                )
 
 
 def _steps(recipe: Recipe, budgets: Sequence[Budget]) -> Iterator[Problem]:

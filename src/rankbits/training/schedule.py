@@ -135,11 +135,8 @@ class GateSchedule:
                     f"{name}: given {value:g} together with the budget {controller}, which presses the same gates; "
                     "expected one of them"
                 )
-            if value and controller is not None and self.allocation is Allocation.EVIDENCE:
-                raise ScheduleError(
-                    f"{name}: given {value:g}, but under the budget {controller} allocation='evidence' fixes all gates "
-                    "when the warm-up ends, before any penalty acts; expected allocation='descent' beside a lambda"
-                )
+        if controller is not None and self.allocation is Allocation.EVIDENCE:
+            self._refuse_unfelt(given | {name: getattr(penalty, name) for name in ("weighting", "reduction")})
         chosen = [(USUAL_LAMBDA if controller is None else 0.0) if value is None else value for value in given.values()]
         bits, ranks = _gate_counts(self.model) if penalty.reduction is PenaltyReduction.MEAN else (1, 1)
         self.lambda_q, self.lambda_r = chosen[0] / max(bits, 1), chosen[1] / max(ranks, 1)
@@ -149,6 +146,17 @@ class GateSchedule:
             self.largest_macs = max([1, *(m for layer, name, _ in adapters for m in layer.macs_per_row(name))])
         if penalty.weighting is PenaltyWeighting.BYTE:
             self.largest_stored = max([1, *(n for layer, name, _ in adapters for n in layer.stored_numbers(name))])
+
+    def _refuse_unfelt(self, given: dict[str, Any]) -> None:
+        """Raise ScheduleError for what describes a penalty where none ever acts."""
+        usual = Penalty()
+        for name, value in given.items():
+            if value and value != getattr(usual, name, None):
+                raise ScheduleError(
+                    f"{name}: given {getattr(value, 'value', value)}, but under the budget {self.controller} "
+                    "allocation='evidence' fixes all gates when the warm-up ends, before any penalty acts; expected "
+                    f"allocation='descent' beside {name}"
+                )
 
     @property
     def warmup_steps(self) -> int:

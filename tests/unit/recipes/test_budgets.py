@@ -52,7 +52,7 @@ def test_where_grids_lie_is_asked_of_recipes_and_keys():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["gates.budget=bits=1"], "gates: budget bits=1 cannot be met: with 2 bits and rank 1 everywhere it is 2"),
+        (["gates.budget=bytes=0.13"], "gates: budget bytes=0.13 cannot be met: with 2 bits and rank 1 everywhere"),
         (["gates.budget=rank=3"], "gates: budget rank=3 cannot be met: with 2 bits and rank 1 everywhere it is 1"),
         (["gates.budget=bops=0.5", "gates.scope=model"], "gates: budget bops=0.5 of the whole model cannot be counted"),
     ],
@@ -83,6 +83,19 @@ def test_a_budget_that_does_not_suit_the_model_is_an_error_of_the_recipe(changes
             "width could meet it",
         ),
         (["gates.budget=bops=0.5", "adapter.quantizers=[]"], "expected no limit of bops with adapter.quantizers=[]:"),
+        (
+            ["gates.budget=bits=1.9"],
+            "gates.budget: given 'bits=1.9', expected bits of 2 to 32 [override gates.budget=bits=1.9]",
+        ),
+        (["gates.budget=[rank=2,bits=33]"], "gates.budget: given ['rank=2', 'bits=33'], expected bits of 2 to 32"),
+        (["gates.budget=rank=8.1", "adapter.r=8"], "gates.budget: given 'rank=8.1', expected rank of 1 to 8"),
+        (["gates.budget=rank=0.9"], "gates.budget: given 'rank=0.9', expected rank of 1 to"),
+        (["gates.budget=bytes=0.12"], "gates.budget: given 'bytes=0.12', expected bytes of at least 0.125"),
+        (["gates.budget=bops=0.015"], "gates.budget: given 'bops=0.015', expected bops of at least 0.015625"),
+        (
+            ["gates.budget=bytes=0.06", "gates.reference_bits=32"],
+            "gates.budget: given 'bytes=0.06', expected bytes of at least 0.0625",
+        ),
         (
             ["gates.scope=model", "gates.budget=bits=4"],
             "gates.scope: given the text 'model', expected adapted with gates.budget='bits=4': only bops are counted "
@@ -125,6 +138,12 @@ def test_a_budget_that_no_model_could_meet_is_refused_when_it_is_read(problems_o
             ["gates.budget=rank=2", "gates.allocation=evidence", "gates.lambda_q=1"],
             "gates.lambda_q: given 1, expected 0 or null with",
         ),
+        (
+            ["gates.budget=bits=4", "gates.weighting=byte"],
+            "gates.weighting: given 'byte', expected const with gates.budget='bits=4', or gates.allocation=descent: by "
+            "evidence all gates are chosen when the warm-up ends, before a penalty acts",
+        ),
+        (["gates.budget=bits=4", "gates.reduction=mean"], "gates.reduction: given 'mean', expected sum with"),
     ],
 )
 def test_a_penalty_that_a_budget_leaves_no_place_for_is_refused(problems_of, changes, said) -> None:
@@ -172,6 +191,12 @@ def test_a_budget_needs_steps_in_which_gates_are_chosen(problems_of, changes, sa
         ["gates.budget=bits=4", "gates.lambda_r=0"],
         ["gates.budget=bits=4", "gates.allocation=descent", "gates.lambda_r=1"],
         ["gates.budget=rank=2", "gates.lambda_q=1", "gates.warmup=0"],
+        ["gates.budget=rank=2", "gates.lambda_q=1", "gates.weighting=byte"],
+        ["gates.budget=bits=4", "gates.allocation=descent", "gates.reduction=mean"],
+        ["gates.budget=[bits=2,rank=1]", "gates.allocation=descent"],
+        ["gates.budget=[bits=32,rank=8]", "adapter.r=8"],
+        ["gates.budget=[bytes=0.125,bops=0.015625]"],
+        ["gates.budget=[bytes=9,bops=9]"],
         ["gates.budget=bops=0.5", "gates.allocation=descent", "adapter.learn_rank=false", "gates.lambda_r=1"],
         ["gates.budget=bits=4", "gates.warmup=0.5", "training.max_steps=4"],
         ["gates.budget=rank=2", "gates.warmup=0.5", "gates.fixed=0.5", "gates.ramp=0", "training.max_steps=5"],
@@ -184,6 +209,7 @@ def test_what_a_budget_can_stand_beside_is_accepted(changes: list[str]) -> None:
 
 
 PENALTIES = [f"gates.lambda_{kind}={value}" for kind in "qr" for value in (0, 1)]
+UNFELT = [["gates.weighting=bop"], ["gates.reduction=mean"]]
 PHASES = [
     ["gates.warmup=0"],
     ["gates.warmup=1", "gates.ramp=0", "gates.fixed=0"],
@@ -194,7 +220,7 @@ ASKED = [
     [f"gates.budget={budget}", *allocation, *more]
     for budget in ("bits=4", "bytes=0.5", "bops=1", "rank=1.5", "[bits=8,rank=1.5]", "[bits=4,bits=8]")
     for allocation in ([], ["gates.allocation=evidence"], ["gates.allocation=descent"])
-    for more in ([], *([penalty] for penalty in PENALTIES), *PHASES)
+    for more in ([], *([penalty] for penalty in PENALTIES), *UNFELT, *PHASES)
 ]
 
 

@@ -15,7 +15,13 @@ from rankbits.quant.quantizer import Quantizer
 from rankbits.tuners.bayesian_lora.config import BayesianLoraConfig, Operand, Placement, RankGate, Site, start_of
 from rankbits.tuners.bayesian_lora.layer_gates import LayerGates
 from rankbits.tuners.bayesian_lora.reuse import Rounded, SharedResult
-from rankbits.tuners.bayesian_lora.start import fixed_quantizers, learning_quantizer, rank_of, start_weights
+from rankbits.tuners.bayesian_lora.start import (
+    check_quantizable,
+    fixed_quantizers,
+    learning_quantizer,
+    rank_of,
+    start_weights,
+)
 from rankbits.tuners.linear import AdapterLinear
 
 
@@ -126,7 +132,9 @@ class GatedAdapters(AdapterLinear, ABC):
 
         Raises:
             ValueError: r exceeds what the matrix can have, a hardened configuration does not know this layer, groups do
-                not divide its rows, or a merged placement on a base that is quantized already.
+                not divide its rows, its weight is not finite, or a merged placement on a base that is quantized
+                already.
+            TypeError: the layer is more than a product with its weight, which is to be quantized.
         """
         shape = (self.out_features, self.in_features)
         rank = rank_of(config, key, shape)
@@ -179,7 +187,9 @@ class GatedAdapters(AdapterLinear, ABC):
             site: learning_quantizer(site, config, shape, key, compensated=config.compensates) for site in sites
         }
         if Site.WEIGHT in quantizers:
-            quantizers[Site.WEIGHT].calibrate_to(self.oriented(self.get_base_weight()))
+            weight = self.oriented(self.get_base_weight())
+            check_quantizable(self.get_base_layer(), weight, key)
+            quantizers[Site.WEIGHT].calibrate_to(weight)
         return nn.ModuleDict({site.value: quantizer for site, quantizer in quantizers.items()})
 
     def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -80,6 +80,32 @@ def learning_quantizer(
     return quantizer
 
 
+def check_quantizable(base: nn.Module, weight: Tensor, key: str) -> None:
+    """Refuse a layer whose weight no quantizer can stand in for.
+
+    Args:
+        base: the layer, whose product is computed with the rounded weight instead.
+        weight: its weight.
+        key: qualified name of the layer.
+
+    Raises:
+        TypeError: the layer does more than multiply by its weight.
+        ValueError: the weight holds NaN or infinite values.
+    """
+    if isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"target module {key!r} is a {type(base).__name__}, which is more than a product with its weight, and a "
+            "quantizer of the weight would leave out the rest: expected torch.nn.Linear or transformers' Conv1D, or "
+            "quantizers without 'weight' and placement='separate'"
+        )
+    broken = 0 if weight.is_meta else weight.numel() - int(torch.isfinite(weight).sum())
+    if broken:
+        raise ValueError(
+            f"{key!r}: {broken} of its {weight.numel()} weights are NaN or infinite, which no grid holds: load the "
+            "base model again, or leave the layer out with exclude_modules"
+        )
+
+
 def without_groups(config: BayesianLoraConfig) -> str:
     """What to set where groups do not divide a row."""
     inputs = " with input_granularity='tensor'" if config.input_granularity == "group" else ""
