@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rankbits.errors import RankbitsWarning
 from rankbits.quant import kernels
 from rankbits.quant.codes import code_limits, round_to_grid, step_at
+from rankbits.quant.company import has_company
 from rankbits.quant.compensation import compensating_offsets
 from rankbits.quant.fixed_quantizer import round_with_offsets
 from rankbits.quant.float32_state import Float32State
@@ -127,6 +128,11 @@ class Quantizer(Float32State):
     def is_calibrated(self) -> bool:
         """Whether the range is known, so that the module quantizes."""
         return self._host_state()[0]
+
+    @property
+    def knows_its_range(self) -> bool:
+        """Whether it is calibrated, and that is known without asking the device."""
+        return self._known is not None and self._known[0]
 
     @property
     def has_seen_values(self) -> bool:
@@ -391,8 +397,3 @@ class Quantizer(Float32State):
         """Shown by `print(model)`."""
         granularity = self.layout.granularity.value
         return f"calibration_passes={self.calibration_passes}, {self.signedness.value}, one range per {granularity}"
-
-
-def has_company() -> bool:
-    """Whether other processes train the same model."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankbits.quant.quantizer import has_company
+from rankbits.quant.company import has_company
 from rankbits.training.passes import Passes, run_again
 from rankbits.tuners.bayesian_lora import learning_adapters
 from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear

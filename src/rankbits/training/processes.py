@@ -8,7 +8,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from rankbits.quant.quantizer import has_company
+from rankbits.quant.company import has_company
 
 
 class Reduction(str, Enum):

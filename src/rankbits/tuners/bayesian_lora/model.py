@@ -6,12 +6,13 @@ import copy
 import warnings
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from rankbits.errors import RankbitsWarning
-from rankbits.tuners.bayesian_lora import attention, head
+from rankbits.tuners.bayesian_lora import attention, head, uncompiled
 from rankbits.tuners.bayesian_lora.config import ACTIVATION_SITES, BayesianLoraConfig, Site
 from rankbits.tuners.bayesian_lora.find import adapted_layers
 from rankbits.tuners.bayesian_lora.layer import BayesianLoraLinear
@@ -25,6 +26,13 @@ class BayesianLoraModel(LinearTuner):
     prefix = "bayesian_lora_"
     layer_class = BayesianLoraLinear
     tuner_layer_cls = BayesianLoraLinear
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's; under torch.compile, passes that record ranges or measure gates run uncompiled."""
+        learns = any(getattr(config, "learns", False) for config in self.peft_config.values())
+        if learns and torch.compiler.is_compiling() and uncompiled.records_or_measures(self.model):
+            return uncompiled.run(self.model, *args, **kwargs)
+        return super().forward(*args, **kwargs)
 
     def _create_and_replace(
         self,
