@@ -29,9 +29,12 @@ SCHEMES = (
     *(Scheme(3, 8, scales, fit=fit) for scales in (Scales.CHANNEL, Scales.GROUP) for fit in Fit),
     *(Scheme(2, 8, Scales.GROUP, group_size=size, fit=fit) for size in (64, 32) for fit in Fit),
     *(Scheme(4, 4, Scales.GROUP, fit=fit) for fit in Fit),
-    *(Scheme(bits, 8, Scales.GROUP, group_size=8, fit=Fit.ALL_CODES, scale_bits=8) for bits in (3, 2)),
+    *(
+        Scheme(bits, 8, Scales.GROUP, group_size=size, fit=Fit.ALL_CODES, scale_bits=8)
+        for bits, size in ((4, 16), (3, 8), (2, 8))
+    ),
 )
-"""The last two have the grids of weights that our points below 3.1 % have, and one range for each input."""
+"""The last three have the grids of weights that our points of equal cost have, and one range for each input."""
 
 
 def by_our_arithmetic(recipe: Recipe, adapter: Path) -> dict[str, Any]:

@@ -43,8 +43,13 @@ from points import (
 
 SAME_COST = {0.25: "w8a8", 0.125: "w4a8", 0.09375: "w3a8", 0.0625: "w2a8"}
 """Uniform widths of rounding whose bit operations equal a budget's."""
-ROUNDED_GRIDS = {0.25: "group64", 0.125: "group64", 0.09375: "group8-scale8", 0.0625: "group8-scale8"}
-"""The groups of rounding whose bytes are nearest to those of our grids at a budget."""
+ROUNDED_GRIDS = {
+    0.25: ("group64",),
+    0.125: ("group64", "group16-scale8"),
+    0.09375: ("group8-scale8",),
+    0.0625: ("group8-scale8",),
+}
+"""The groups of rounding whose bytes are nearest to those of our grids at a budget; the better one counts."""
 Section = tuple[str, Callable[[], list[str]]]
 
 
@@ -121,9 +126,9 @@ def _best_rounded(task: str, budget: float, seed: int) -> float | None:
     """The better fit of scales at the widths that cost what the budget allows."""
     if budget not in SAME_COST:
         return None
-    start = f"{SAME_COST[budget]}-{ROUNDED_GRIDS[budget]}-"
+    starts = tuple(f"{SAME_COST[budget]}-{grid}-" for grid in ROUNDED_GRIDS[budget])
     found = rounded(points.rounded(task, seed).name)
-    scores = [next(iter(entry["scores"].values())) for name, entry in found.items() if name.startswith(start)]
+    scores = [next(iter(entry["scores"].values())) for name, entry in found.items() if name.startswith(starts)]
     return max(scores, default=None)
 
 

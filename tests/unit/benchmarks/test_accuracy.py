@@ -528,7 +528,8 @@ def test_what_is_won_back_is_the_share_of_what_rounding_loses(study, outcomes_ar
             {"scheme": name, "scores": {"pearson": score}}
             for name, score in (
                 ("w4a8-group64-max", 83.0),
-                ("w4a8-group64-mse", 84.0),
+                ("w4a8-group64-mse", 83.5),
+                ("w4a8-group16-scale8-mse-full", 84.0),
                 ("w3a8-group64-mse", 70.0),
                 ("w3a8-group8-scale8-mse-full", 83.0),
             )
