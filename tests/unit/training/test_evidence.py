@@ -422,6 +422,28 @@ def test_ranks_that_cost_nothing_stay(budget: str) -> None:
     assert [entry.rank for entry in summarize(model)] == [3, 3]
 
 
+@pytest.mark.parametrize("rows_of_gradient", [None, 4])
+def test_learning_ranks_changes_nothing_where_a_rank_costs_nothing(adapted, rows, rows_of_gradient) -> None:
+    found = []
+    for learn_rank in (True, False):
+        model = adapted(placement="merged", weight_gradient_rows=rows_of_gradient, learn_rank=learn_rank).train()
+        schedule = GateSchedule(model, 16, budget="bops=0.15", phases=(0.5, 0.0, 0.5))
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05)
+        torch.manual_seed(1)
+        losses = []
+        for _ in range(16):
+            loss = (model(rows) - 1.0).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+        found.append((losses, [(entry.bits, entry.rank) for entry in summarize(model)]))
+    assert found[0] == found[1]
+    assert {rank for _, rank in found[0][1]} == {4}
+    assert {width for bits, _ in found[0][1] for width in bits.values()} & {2, 4}
+
+
 def test_a_budget_of_ranks_can_be_met_by_evidence() -> None:
     model = _with_one_useful_layer(learn_bits=False)
     schedule = GateSchedule(model, 20, budget="rank=2", allocation="evidence", phases=PHASES)
