@@ -245,6 +245,14 @@ def seeded() -> list[tuple[str, int]]:
     return [*((t, s) for s in SEEDS for t in MAIN_TASKS), *((t, FIRST_SEED) for t in ONE_SEED_TASKS)]
 
 
+def is_run_of_its_own(variant: str, placement: str) -> bool:
+    """Whether learned ranks can matter: where the sum is rounded no budget pays for them, and all of them stay.
+
+    There q is q + ra, but for the order in which the norm of all gradients is summed: one budget is run to show it.
+    """
+    return (variant, placement) != ("q", "merged")
+
+
 def _all() -> list[Point]:
     curves = [(t, s) for s in SEEDS for t in CURVE_TASKS]
     points = [*rate_choices(), *(lora(t, s) for t, s in seeded())]
@@ -260,6 +268,7 @@ def _all() -> list[Point]:
         for placement in PLACEMENTS[::-1]
         for variant in VARIANTS[::-1]
         for b in BUDGETS
+        if is_run_of_its_own(variant, placement) or b == NARROW
         for t in CURVE_TASKS
     ]
     points += [adalora(t, s) for t, s in curves]

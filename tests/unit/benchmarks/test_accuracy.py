@@ -40,11 +40,12 @@ def test_learned_points_cover_both_placements_both_variants_and_six_budgets(stud
     labels = {p.label for p in points.POINTS if p.task == "stsb" and p.seed == 42}
     wanted = {
         f"{v}-{p}-bops{b:g}-{'affine16' if b >= 0.125 else 'affine'}"
-        for v in ("q", "q-ra")
-        for p in ("separate", "merged")
+        for v, p in (("q", "separate"), ("q-ra", "separate"), ("q-ra", "merged"))
         for b in points.BUDGETS
     }
-    assert len(wanted) == 24
+    assert len(wanted) == 18
+    # Where the sum is rounded learned ranks change nothing, which one budget shows.
+    assert {label for label in labels if label.startswith("q-merged-")} == {"q-merged-bops0.125-affine16"}
     assert wanted <= labels
 
 
