@@ -127,6 +127,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="PATTERN", help="only points whose name matches")
     parser.add_argument("--list", action="store_true", help="show the points and how far they are")
     parser.add_argument("--table", action="store_true", help="show the tables of what is in results/")
+    parser.add_argument("--picture", action="store_true", help="draw score-by-budget.svg of what is in results/")
     parser.add_argument("--earlier", action="store_true", help="points of the recipes before instead of the study's")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     parser.add_argument("--point", help=argparse.SUPPRESS)
@@ -137,6 +138,11 @@ def main() -> int:
         from tables import report
 
         print(report(of_earlier=options.earlier))
+        return 0
+    if options.picture:
+        from picture import write
+
+        print("\n".join(map(str, write(Path(__file__).parent))))
         return 0
     points = chosen(earlier.POINTS if options.earlier else POINTS, options.only)
     if options.list:

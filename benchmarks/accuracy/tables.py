@@ -116,14 +116,14 @@ def curve() -> list[str]:
         for budget in BUDGETS:
             mine = [score_of(_ours(budget, v, p)(task, FIRST_SEED)) for v, p in kinds]
             fixed = [score_of(points.uniform(task, w, FIRST_SEED)) for w in EQUAL_WIDTHS.get(budget, ())]
-            best = _best_rounded(task, budget, FIRST_SEED)
+            best = best_rounded(task, budget, FIRST_SEED)
             others = [", ".join(fixed) or NONE, NONE if best is None else f"{best:.2f}"]
             rows.append([task, share(budget), *mine, *others, score_of(lora(task, FIRST_SEED))])
     return table(head, rows)
 
 
-def _best_rounded(task: str, budget: float, seed: int) -> float | None:
-    """The better fit of scales at the widths that cost what the budget allows."""
+def best_rounded(task: str, budget: float, seed: int) -> float | None:
+    """Score of the better fit of scales at the widths that cost what the budget allows; None while it is not there."""
     if budget not in SAME_COST:
         return None
     starts = tuple(f"{SAME_COST[budget]}-{grid}-" for grid in ROUNDED_GRIDS[budget])
@@ -158,7 +158,7 @@ def won_back() -> list[str]:
                 if (mine := outcome(_ours(budget)(task, seed).name))
                 and (other := outcome(lora(task, seed).name))
                 and (whole := before_rounding(points.rounded(task, seed).name)) is not None
-                and (best := _best_rounded(task, budget, seed)) is not None
+                and (best := best_rounded(task, budget, seed)) is not None
             ]
             if lost:
                 theirs, mine_ = Sample([a for a, _ in lost]), Sample([b for _, b in lost])

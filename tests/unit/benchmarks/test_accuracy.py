@@ -446,7 +446,7 @@ def outcomes_are(study, monkeypatch: pytest.MonkeyPatch):
         costs = {"bops": 0.06, "weight_bytes": 0.14, "whole": 0.2, "rank": 4.0, "weight_bits": 4.0, "input_bits": 8.0}
         rest = {**costs, "seconds": 60.0, "loss": 0.5, **numbers}
         made = {name: outcomes.Outcome(score=score, **rest) for name, score in scores.items()}
-        for module in ("comparisons", "tables"):
+        for module in ("comparisons", "tables", "picture"):
             monkeypatch.setattr(study.load(module), "outcome", made.get)
 
     return put
@@ -540,6 +540,24 @@ def test_what_is_won_back_is_the_share_of_what_rounding_loses(study, outcomes_ar
     path.write_text(json.dumps(entries), encoding="utf-8")
     # By rounding what that LoRA model scored, by q + ra what LoRA's own run did.
     assert tables.won_back()[2:] == ["| stsb | 3.12 | 1 | 1.50 | 0.25 | 83 |", "| stsb | 2.34 | 1 | 2.50 | 0.50 | 80 |"]
+
+
+def test_the_picture_shows_means_and_ranges_of_what_is_done(study, outcomes_are, tmp_path) -> None:
+    picture, points = study.load("picture"), study.load("points")
+    scores = {points.learned("stsb", 0.125, seed).name: score for seed, score in ((42, 84.0), (43, 86.5))}
+    scores |= {points.lora("stsb", 42).name: 85.0, points.permuted("stsb", points.TIGHT, 42).name: 80.0}
+    scores |= {points.uniform("stsb", widths, 42).name: score for widths, score in (((2, 8), 81.0), ((4, 4), 82.0))}
+    outcomes_are(scores | {points.learned("mrpc", 0.5, 42, "q", "separate").name: 78.0})
+    assert picture.figure().rows == [
+        ("stsb", "LoRA", 100.0, 85.0, 85.0, 85.0, 1),
+        ("stsb", "q + ra, merged", 3.125, 85.25, 84.0, 86.5, 2),
+        ("stsb", "uniform widths", 1.5625, 82.0, 82.0, 82.0, 1),
+        ("stsb", "permuted widths", 1.5625, 80.0, 80.0, 80.0, 1),
+        ("mrpc", "q, separate", 12.5, 78.0, 78.0, 78.0, 1),
+    ]
+    drawn, numbers = picture.write(tmp_path)
+    assert "STS-B, Pearson" in drawn.read_text(encoding="utf-8")
+    assert len(numbers.read_text(encoding="utf-8").splitlines()) == 6
 
 
 def test_files_are_small_and_say_first_what_they_are() -> None:
