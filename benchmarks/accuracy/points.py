@@ -33,7 +33,7 @@ REFERENCE_BITS = 16
 EQUAL_WIDTHS = {0.125: ((4, 8),), 0.0625: ((2, 8), (4, 4))}
 """Bits of all weights and of all inputs that cost exactly a budget. At 0.25 it is W8A8, which q + ra learns."""
 CLOSEST = (4, 4)
-"""The one of them that was ahead of learned widths once, on MRPC with the first seed: it gets three seeds there, too."""
+"""The one of them that was ahead of learned widths, on MRPC with the first seed: it gets three seeds there, too."""
 VARIANTS = ("q", "q-ra")
 PLACEMENTS = ("separate", "merged")
 DEFAULT_PLACEMENT = "merged"

@@ -9,7 +9,7 @@ from math import inf
 from rankbits.accounting.budget import WIDTHS, Budget, Quantity, Scope, parse_budget
 from rankbits.recipes.grids import learned_sites, quantizers_as_said
 from rankbits.recipes.problems import Problem
-from rankbits.recipes.schema import GatesSection, Recipe
+from rankbits.recipes.schema import Recipe
 
 
 def budgets_of(recipe: Recipe) -> list[Budget]:
@@ -24,8 +24,9 @@ def contradicted(recipe: Recipe) -> Iterator[Problem]:
     """What training would refuse, or ignore, of a recipe for learned gates, whatever its model: problems with keys."""
     budgets = budgets_of(recipe)
     if budgets:
-        checks = (_repeated, _without_gates, _limits, _scope, _penalties, _unfelt, _steps)
-        yield from chain.from_iterable(check(recipe, budgets) for check in checks)
+        meant = [*_repeated(recipe, budgets), *_without_gates(recipe, budgets)]
+        yield from meant or _limits(recipe, budgets)
+        yield from chain.from_iterable(check(recipe, budgets) for check in (_scope, _penalties, _steps))
     elif recipe.gates.allocation == "evidence":
         yield Problem(
             "gates.allocation",
@@ -60,21 +61,21 @@ def _unmeetable(recipe: Recipe, limited: str, cause: str, what: str) -> Problem:
 
 
 def _limits(recipe: Recipe, budgets: Sequence[Budget]) -> Iterator[Problem]:
-    """Limits that no model could meet; the shares that one model reaches are not known before it is."""
+    """Limits that no model could meet; which shares one model reaches is not known before it is."""
     narrowest, widest = WIDTHS[0], WIDTHS[-1]
+    # Beside a rounded sum nothing is multiplied; bytes have scales in them, of which a model has more or fewer.
+    alone = recipe.adapter.placement == "merged" and "weight" in learned_sites(recipe.adapter)
     for budget in budgets:
         reference = budget.reference_bits
         low, high = {
             Quantity.BITS: (narrowest, widest),
             Quantity.RANK: (1, recipe.adapter.r),
             Quantity.BYTES: (narrowest / reference, inf),
-            Quantity.BOPS: (narrowest**2 / reference**2, inf),
+            Quantity.BOPS: (narrowest**2 / reference**2, widest**2 / reference**2 if alone else inf),
         }[budget.quantity]
         if not low <= budget.limit <= high:
-            wanted = f"at least {low:.6g}" if high == inf else f"{low} to {high}"
-            yield Problem(
-                "gates.budget", f"given {recipe.gates.budget!r}, expected {budget.quantity.value} of {wanted}"
-            )
+            wanted = f"at least {low:.6g}" if high == inf else f"{low:.6g} to {high:.6g}"
+            yield Problem("gates.budget", f"given {str(budget)!r}, expected {budget.quantity.value} of {wanted}")
 
 
 def _scope(recipe: Recipe, budgets: Sequence[Budget]) -> Iterator[Problem]:
@@ -86,35 +87,26 @@ def _scope(recipe: Recipe, budgets: Sequence[Budget]) -> Iterator[Problem]:
 
 
 def _penalties(recipe: Recipe, budgets: Sequence[Budget]) -> Iterator[Problem]:
+    """Penalties on gates that a budget presses, and what describes a penalty where none ever acts."""
     gates, quantities = recipe.gates, {budget.quantity for budget in budgets}
     # Ranks cost operations and bytes where factors lie beside the weight; a mean over weights is not lowered by them.
     paid_with_ranks = quantities & {Quantity.BOPS, Quantity.BYTES} if recipe.adapter.placement == "separate" else set()
     presses_ranks = _limits_ranks(budgets) or (bool(paid_with_ranks) and _learns_ranks(recipe))
     pressed = {"lambda_q": quantities != {Quantity.RANK}, "lambda_r": presses_ranks}
-    for name, given in (("lambda_q", gates.lambda_q), ("lambda_r", gates.lambda_r)):
-        if given is not None and pressed[name]:
-            text = f"given {given:g}, expected null {_beside(recipe)}, which presses the same gates"
-            yield Problem(f"gates.{name}", text)
-        elif given and _by_evidence(recipe, budgets):
+    idle = {"lambda_q": "0 or null", "lambda_r": "0 or null", "weighting": "const", "reduction": "sum"}
+    for name, usual in idle.items():
+        given = getattr(gates, name)
+        said = f"{given:g}" if isinstance(given, float) else repr(given)
+        if given is not None and pressed.get(name):
+            yield Problem(
+                f"gates.{name}", f"given {said}, expected null {_beside(recipe)}, which presses the same gates"
+            )
+        elif given and given != usual and _by_evidence(recipe, budgets):
             yield Problem(
                 f"gates.{name}",
-                f"given {given:g}, expected 0 or null {_beside(recipe)}, or gates.allocation=descent: by evidence all "
+                f"given {said}, expected {usual} {_beside(recipe)}, or gates.allocation=descent: by evidence all "
                 "gates are chosen when the warm-up ends, before a penalty acts",
             )
-
-
-def _unfelt(recipe: Recipe, budgets: Sequence[Budget]) -> Iterator[Problem]:
-    """What describes a penalty where none ever acts."""
-    gates, plain = recipe.gates, GatesSection()
-    if _by_evidence(recipe, budgets):
-        for name in ("weighting", "reduction"):
-            given, usual = getattr(gates, name), getattr(plain, name)
-            if given != usual:
-                yield Problem(
-                    f"gates.{name}",
-                    f"given {given!r}, expected {usual} {_beside(recipe)}, or gates.allocation=descent: by evidence "
-                    "all gates are chosen when the warm-up ends, before a penalty acts",
-                )
 
 
 def _steps(recipe: Recipe, budgets: Sequence[Budget]) -> Iterator[Problem]:

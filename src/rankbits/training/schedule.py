@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from enum import Enum
 from math import isfinite
 from numbers import Integral
 from typing import Any, Unpack
@@ -67,7 +68,8 @@ class GateSchedule:
 
     Raises:
         ScheduleError: the model has nothing to schedule, a number is out of its range, or a budget is not one, cannot
-            be met, contradicts another or a lambda, or has no steps to be met in. The model is unchanged.
+            be met, contradicts another or a lambda, leaves no penalty for what describes one, or has no steps to be met
+            in. The model is unchanged.
     """
 
     GATE_BOUNDS = (-4.0, 8.0)
@@ -149,13 +151,13 @@ class GateSchedule:
 
     def _refuse_unfelt(self, given: dict[str, Any]) -> None:
         """Raise ScheduleError for what describes a penalty where none ever acts."""
-        usual = Penalty()
         for name, value in given.items():
-            if value and value != getattr(usual, name, None):
+            usual = {"weighting": "const", "reduction": "sum"}.get(name, "0 or None")
+            if value and value != usual:
+                said = value.value if isinstance(value, Enum) else f"{value:g}"
                 raise ScheduleError(
-                    f"{name}: given {getattr(value, 'value', value)}, but under the budget {self.controller} "
-                    "allocation='evidence' fixes all gates when the warm-up ends, before any penalty acts; expected "
-                    f"allocation='descent' beside {name}"
+                    f"{name}: given {said}, but under the budget {self.controller} allocation='evidence' fixes all "
+                    f"gates when the warm-up ends, before any penalty acts; expected {usual}, or allocation='descent'"
                 )
 
     @property

@@ -1,6 +1,6 @@
 """A compiled model: one graph wherever passes record and measure nothing, and nothing compiled where they do."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,11 +22,12 @@ INPUTS = torch.arange(48).reshape(8, 6) % 20
 LABELS = INPUTS[:, 0] % 2
 
 
-def _model(placement: str) -> PeftModel:
+def _model(placement: str, change: Callable[[BertForSequenceClassification], None] = lambda base: None) -> PeftModel:
     torch.manual_seed(3)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
     base = BertForSequenceClassification(BertConfig(**sizes, **still, vocab_size=20, max_position_embeddings=8))
+    change(base)
     config = BayesianLoraConfig(
         r=3,
         target_modules=["query", "key", "value"],
@@ -65,7 +66,7 @@ def _steps(model: nn.Module, compiled: nn.Module, schedule: GateSchedule) -> Ite
 @pytest.mark.parametrize(
     ("settings", "alike"),
     [
-        ({"budget": "bops=0.5", "phases": (0.5, 0, 0.5)}, STEPS // 2),
+        ({"budget": "bops=0.5", "phases": (0.5, 0, 0.5)}, STEPS),
         # Compiled layers do not share what was made of an input, so that gates are drawn in another order.
         ({"phases": (0.25, 0.25, 0.25)}, CALIBRATION + 1),
     ],
@@ -90,6 +91,45 @@ def test_each_phase_that_records_nothing_is_one_graph(placement: str, settings: 
     assert new[fixed] == 1
     assert new[fixed + 1 :] == [0] * (STEPS - fixed - 1)
     assert sum(new) == 2
+
+
+def _graphs_of_a_run(model: PeftModel) -> list[int]:
+    """Products of each graph that the steps of a run under a budget make."""
+    torch.compiler.reset()
+    graphs = _Graphs()
+    schedule = GateSchedule(model, STEPS, budget="bops=0.5", phases=(0.5, 0, 0.5))
+    list(_steps(model, torch.compile(model, backend=graphs), schedule))
+    return graphs.products
+
+
+def test_adapters_that_are_not_active_are_not_waited_for() -> None:
+    model = _model("merged").train()
+    model.add_adapter("other", model.peft_config["default"])
+    assert model.active_adapters == ["default"]
+    assert len(_graphs_of_a_run(model)) == 2
+
+
+def test_layers_that_never_run_are_not_waited_for() -> None:
+    model = _model("merged", lambda base: base.bert.add_module("query", nn.Linear(16, 16))).train()
+    assert "query" in model.get_base_model().bert._modules
+    assert len(_graphs_of_a_run(model)) == 2
+
+
+def test_evaluation_is_one_graph_where_training_is() -> None:
+    torch.compiler.reset()
+    model, graphs = _model("merged").train(), _Graphs()
+    schedule = GateSchedule(model, STEPS, budget="bops=0.5", phases=(0.5, 0, 0.5))
+    compiled, made = torch.compile(model, backend=graphs), {}
+    standing, measuring, fixed = CALIBRATION + 1, STEPS // 2 - 1, STEPS // 2 + 1
+    for step, _ in enumerate(_steps(model, compiled, schedule), start=1):
+        if step in (standing, measuring, fixed):
+            graphs.products.clear()
+            model.eval()
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(input_ids=INPUTS).logits, model(input_ids=INPUTS).logits)
+            model.train()
+            made[step] = len(graphs.products)
+    assert made == {standing: 1, measuring: 0, fixed: 1}
 
 
 def test_graphs_hold_the_whole_model() -> None:

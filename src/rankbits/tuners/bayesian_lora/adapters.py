@@ -134,7 +134,7 @@ class GatedAdapters(AdapterLinear, ABC):
             ValueError: r exceeds what the matrix can have, a hardened configuration does not know this layer, groups do
                 not divide its rows, its weight is not finite, or a merged placement on a base that is quantized
                 already.
-            TypeError: the layer is more than a product with its weight, which is to be quantized.
+            TypeError: the weight is to be quantized, and the layer may be more than a product with it.
         """
         shape = (self.out_features, self.in_features)
         rank = rank_of(config, key, shape)
@@ -149,6 +149,12 @@ class GatedAdapters(AdapterLinear, ABC):
             quantizers = fixed_quantizers(config, key, shape, compensated=config.compensates)
         else:
             quantizers = self._learning(config, key)
+        if Site.WEIGHT.value in quantizers:
+            weight = self.oriented(self.get_base_weight())
+            check_quantizable(self.get_base_layer(), weight, key)
+            of_weight = quantizers[Site.WEIGHT.value]
+            if isinstance(of_weight, Quantizer):
+                of_weight.calibrate_to(weight)
         self.r[adapter_name] = config.r
         self.scaling[adapter_name] = config.alpha / config.r
         self.placement[adapter_name] = placement
@@ -183,14 +189,9 @@ class GatedAdapters(AdapterLinear, ABC):
         # A base that is quantized already keeps its own grid.
         sites = [s for s in config.sites if not (s is Site.WEIGHT and self.quantization_backend is not None)]
         shape = (self.out_features, self.in_features)
-        quantizers = {
-            site: learning_quantizer(site, config, shape, key, compensated=config.compensates) for site in sites
-        }
-        if Site.WEIGHT in quantizers:
-            weight = self.oriented(self.get_base_weight())
-            check_quantizable(self.get_base_layer(), weight, key)
-            quantizers[Site.WEIGHT].calibrate_to(weight)
-        return nn.ModuleDict({site.value: quantizer for site, quantizer in quantizers.items()})
+        return nn.ModuleDict(
+            {s.value: learning_quantizer(s, config, shape, key, compensated=config.compensates) for s in sites}
+        )
 
     def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A, E and B."""

@@ -28,8 +28,11 @@ class BayesianLoraModel(LinearTuner):
     tuner_layer_cls = BayesianLoraLinear
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's; under torch.compile, passes that record ranges or measure gates run uncompiled."""
-        learns = any(getattr(config, "learns", False) for config in self.peft_config.values())
+        """PEFT's; under torch.compile a model that records ranges or measures gates runs uncompiled for as long.
+
+        Whether it does is asked in each pass, which a graph with `fullgraph=True` cannot: that takes a hardened model.
+        """
+        learns = any(getattr(self.peft_config[name], "learns", False) for name in self.active_adapters)
         if learns and torch.compiler.is_compiling() and uncompiled.records_or_measures(self.model):
             return uncompiled.run(self.model, *args, **kwargs)
         return super().forward(*args, **kwargs)

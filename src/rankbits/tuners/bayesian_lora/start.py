@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rankbits.quant.fixed_quantizer import FixedQuantizer
 from rankbits.quant.grid import Signedness
@@ -15,6 +16,8 @@ from rankbits.tuners.bayesian_lora.config import ACTIVATION_SITES, BayesianLoraC
 DIAGONAL_HEADROOM = 1.5
 """With this range over max|E| a constant E lies on the grid at every width, where a range at max|E| would not."""
 WEIGHT_STANDARD_DEVIATION = 0.02
+PLAIN_PRODUCTS = ("FalconLinear",)
+"""Linear layers with a forward of their own that is the product with the weight, and the bias, all the same."""
 SIGNEDNESS = {Site.INPUT: Signedness.AUTO, Site.PROBABILITIES: Signedness.UNSIGNED}
 """Sides of zero that a grid covers where these are not both."""
 
@@ -89,14 +92,15 @@ def check_quantizable(base: nn.Module, weight: Tensor, key: str) -> None:
         key: qualified name of the layer.
 
     Raises:
-        TypeError: the layer does more than multiply by its weight.
+        TypeError: the layer may do more than multiply by its weight.
         ValueError: the weight holds NaN or infinite values.
     """
-    if isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward:
+    plain = Conv1D if isinstance(base, Conv1D) else nn.Linear
+    if type(base).forward is not plain.forward and type(base).__name__ not in PLAIN_PRODUCTS:
         raise TypeError(
-            f"target module {key!r} is a {type(base).__name__}, which is more than a product with its weight, and a "
-            "quantizer of the weight would leave out the rest: expected torch.nn.Linear or transformers' Conv1D, or "
-            "quantizers without 'weight' and placement='separate'"
+            f"target module {key!r} is a {type(base).__module__}.{type(base).__qualname__} with a forward of its own, "
+            "which a quantizer of its weight would bypass: expected torch.nn.Linear or transformers' Conv1D as they "
+            "are, or quantizers without 'weight' and placement='separate'"
         )
     broken = 0 if weight.is_meta else weight.numel() - int(torch.isfinite(weight).sum())
     if broken:
