@@ -85,6 +85,8 @@ ABLATIONS = {
     "descent": DESCENT,
 }
 """The recipe with one of its choices changed, on rows held out of training (STS-B)."""
+ALSO_ON_MRPC = ("warmup0.2",)
+"""What was chosen by MRPC, with the recipe before."""
 PAPER = (
     "adapter.targets=[query,key,value]",
     "gates.lambda_q=1",
@@ -239,7 +241,8 @@ def rate_choices() -> list[Point]:
 
 def ablations() -> list[Point]:
     """The recipe with one choice changed at a time, beside which `rate_choices` has it as it is."""
-    return [ours_held_out("stsb", name, OUR_RATE, *changes) for name, changes in ABLATIONS.items()]
+    tried = [*(("stsb", name) for name in ABLATIONS), *(("mrpc", name) for name in ALSO_ON_MRPC)]
+    return [ours_held_out(task, name, OUR_RATE, *ABLATIONS[name]) for task, name in tried]
 
 
 def seeded() -> list[tuple[str, int]]:

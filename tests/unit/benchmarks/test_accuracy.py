@@ -102,9 +102,12 @@ def test_choices_are_made_on_rows_held_out_of_training(study) -> None:
     chosen = [*points.rate_choices(), *points.ablations()]
     assert all("task.evaluate_on=development" in point.changes for point in chosen)
     assert {point.name for point in points.POINTS if "development" in point.label} == {point.name for point in chosen}
-    plain = next(point for point in chosen if point.name == "stsb-q-ra-development-affine16-seed42")
-    for point, changes in zip(points.ablations(), points.ABLATIONS.values(), strict=True):
-        assert set(point.changes) - set(plain.changes) == set(changes)
+    plain = {point.task: point for point in chosen if point.label == "q-ra-development-affine16"}
+    found = points.ablations()
+    names = [(point.task, point.label.removeprefix("q-ra-development-affine16-")) for point in found]
+    assert names == [*(("stsb", name) for name in points.ABLATIONS), ("mrpc", "warmup0.2")]
+    for point, (task, name) in zip(found, names, strict=True):
+        assert set(point.changes) - set(plain[task].changes) == set(points.ABLATIONS[name])
     for task in points.CURVE_TASKS:
         tried = [change for p in chosen if p.task == task and "affine16" in p.label for change in p.changes]
         assert {f"training.learning_rate={rate}" for rate in points.LEARNING_RATES} <= set(tried)
